@@ -1,2 +1,100 @@
-//! Stub.
-fn main() {}
+//! What CI runs, and the long checks: `cargo xtask check [--full]`.
+//!
+//! `check` is the README's test command: formatting, lints, documentation and every test that needs neither
+//! network nor GPU nor real pictures. `--full` adds the checks on real data (`../shared`), the GPU features'
+//! builds and the network goldens on a Vulkan device (Mesa's lavapipe serves where there is no GPU).
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+const USAGE: &str = "\
+usage: cargo xtask check [--full]
+
+  check         formatting, lints, documentation, tests (what CI runs)
+  check --full  also real data in ../shared, GPU features, goldens on Vulkan, supply chain";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let full = match arguments.as_slice() {
+        ["check"] => false,
+        ["check", "--full"] => true,
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match check(full) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn check(full: bool) -> Result<()> {
+    step("formatting", "cargo fmt --all --check")?;
+    step("lints", "cargo clippy --workspace --all-targets --quiet -- -D warnings")?;
+    supply_chain(full)?;
+    step("tests", "cargo test --workspace --quiet")?;
+    if full {
+        full_checks()?;
+    }
+    println!("\nall checks passed");
+    Ok(())
+}
+
+/// Bans, licences and sources of every dependency. The tool is not required of a newcomer: where it is missing
+/// that is said aloud, and a full check fails.
+fn supply_chain(required: bool) -> Result<()> {
+    if succeeds("cargo deny --version") {
+        return step("supply chain", "cargo deny --log-level error check bans licenses sources");
+    }
+    let cure = "cargo install --locked cargo-deny";
+    if required {
+        bail!("cargo-deny is missing\nhint: {cure}");
+    }
+    println!("== supply chain: SKIPPED, cargo-deny is not installed ({cure})");
+    Ok(())
+}
+
+fn full_checks() -> Result<()> {
+    step("GPU features compile", "cargo check --package faceprior --features cuda,vulkan")?;
+    if Path::new("../shared").is_dir() {
+        step("real data", "cargo test --workspace --quiet -- --ignored --skip vulkan")?;
+    } else {
+        println!("== real data: SKIPPED, there is no ../shared beside the checkout");
+    }
+    step(
+        "goldens on Vulkan",
+        "cargo test --package faceprior-nets --features vulkan --quiet -- --ignored vulkan",
+    )
+}
+
+/// Runs one command, shows what it is and how long it took, and fails with its name.
+fn step(name: &str, command: &str) -> Result<()> {
+    println!("== {name}: {command}");
+    let start = Instant::now();
+    let status = split(command).status().with_context(|| format!("cannot start `{command}`"))?;
+    if !status.success() {
+        bail!("{name} failed: `{command}` ended with {status}");
+    }
+    println!("== {name}: passed in {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn succeeds(command: &str) -> bool {
+    split(command).output().is_ok_and(|output| output.status.success())
+}
+
+fn split(command: &str) -> Command {
+    let mut words = command.split_whitespace();
+    let mut command = Command::new(words.next().unwrap_or_default());
+    command.args(words);
+    command
+}
