@@ -1,1 +1,39 @@
-fn main() {}
+//! The `faceprior` program.
+//!
+//! Data goes to standard output, everything else to standard error; the exit code is 0, 1 for a failure and 2
+//! for wrong usage.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+mod args;
+mod commands;
+mod progress;
+
+fn main() -> ExitCode {
+    let arguments = args::Arguments::parse();
+    let level = match (arguments.quiet, arguments.verbose) {
+        (true, _) => "warn",
+        (false, 0) => "info",
+        (false, 1) => "debug",
+        (false, _) => "trace",
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("FACEPRIOR_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(format!("warn,faceprior={level}"))),
+        )
+        .with_writer(progress::log_writer)
+        .with_target(false)
+        .without_time()
+        .init();
+    match commands::run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
