@@ -1,1 +1,33 @@
-//! Stub.
+//! Tensor operations without parameters for face networks.
+//!
+//! The bodies of all networks are written on [`FeatureMap`], an activation `[N, C, H, W]` whose memory layout is its
+//! own secret, and on the functions of this crate. Nothing here owns a parameter, touches a file or knows a network.
+//!
+//! Each operation exists once as plain tensor code (the crate's `reference` module), which runs on every device
+//! of Burn and differentiates by Burn's autodiff. On the CPU, operations are replaced by kernels with their own
+//! gradients; a test of each kernel demands that values and gradients agree with its reference.
+//!
+//! Layers that a forward-mode tangent crosses (R1 and path-length regularisation need second derivatives, Burn's
+//! autodiff gives first ones) have a second form of the same name in [`dual`].
+//!
+//! # Axis legend
+//!
+//! `N` pictures, `C` channels (`I` in, `O` out of a convolution), `H` rows, `W` columns, `b` channels in a block.
+
+mod activation;
+mod channels;
+mod convolution;
+pub mod dual;
+mod feature_map;
+mod normalization;
+mod reference;
+mod resampling;
+#[cfg(test)]
+mod testing;
+
+pub use activation::{BiasActivation, add_bias, bias_activation, leaky_relu, prelu, relu};
+pub use channels::{add_noise, global_average_pool, scale_channels};
+pub use convolution::{Conv2dOptions, conv2d, modulated_conv2d};
+pub use feature_map::FeatureMap;
+pub use normalization::{BatchStatistics, batch_norm, batch_norm_train};
+pub use resampling::{downsample_smooth, max_pool2d, subsample, upsample_smooth};

@@ -1,0 +1,190 @@
+//! [`FeatureMap`]: an activation whose memory layout is its own secret.
+
+use burn::backend::DispatchDevice;
+use burn::tensor::{Device, Tensor};
+
+use crate::reference;
+
+/// Channels of one block on the CPU: one AVX-512 vector, two of AVX2, four of SSE or NEON.
+pub(crate) const BLOCK: usize = 16;
+
+/// An activation `[N, C, H, W]` in the layout that suits its device.
+///
+/// On the CPU it is a tensor `[N, ⌈C/16⌉, H, W, 16]`: sixteen channels of a pixel lie side by side, so that one vector
+/// instruction works on a pixel and a convolution needs no transposition. The lanes above `C` in the last block are
+/// padding: finite, and otherwise meaningless. On any other device the block is one channel wide, which is NCHW.
+///
+/// Maps that meet in one operation must live on the same device.
+#[derive(Clone, Debug)]
+pub struct FeatureMap {
+    blocks: Tensor<5>,
+    channels: usize,
+}
+
+impl FeatureMap {
+    /// Takes an image batch or activation.
+    ///
+    /// # Shapes
+    /// `x`: `[N, C, H, W]`.
+    pub fn from_nchw(x: Tensor<4>) -> Self {
+        let channels = x.dims()[1];
+        let block = if is_cpu(&x.device()) { BLOCK } else { 1 };
+        Self {
+            blocks: reference::block(x, block),
+            channels,
+        }
+    }
+
+    /// Gives the activation back as a plain tensor `[N, C, H, W]`.
+    pub fn into_nchw(self) -> Tensor<4> {
+        reference::unblock(self.blocks, self.channels)
+    }
+
+    /// The shape `[N, C, H, W]`.
+    pub fn dims(&self) -> [usize; 4] {
+        let [n, _, h, w, _] = self.blocks.dims();
+        [n, self.channels, h, w]
+    }
+
+    /// The device that holds the activation.
+    pub fn device(&self) -> Device {
+        self.blocks.device()
+    }
+
+    /// The sum of two maps of one shape.
+    pub fn add(self, other: FeatureMap) -> FeatureMap {
+        assert_eq!(
+            self.dims(),
+            other.dims(),
+            "feature maps that are added must have one shape"
+        );
+        self.map(|x| x.add(other.blocks))
+    }
+
+    /// The map with every value multiplied by `s`.
+    pub fn mul_scalar(self, s: f32) -> FeatureMap {
+        self.map(|x| x.mul_scalar(s))
+    }
+
+    /// One row per picture, `[N, C·H·W]` in (C, H, W) order, as a linear layer after a network's body expects it.
+    pub fn flatten(self) -> Tensor<2> {
+        let [n, c, h, w] = self.dims();
+        self.into_nchw().reshape([n, c * h * w])
+    }
+
+    /// Puts batches of pictures of one shape one after the other.
+    ///
+    /// # Panics
+    /// If `maps` is empty or channels, height or width differ.
+    pub fn cat_batch(maps: Vec<FeatureMap>) -> FeatureMap {
+        let channels = maps
+            .first()
+            .expect("at least one feature map to concatenate")
+            .channels;
+        assert!(
+            maps.iter().all(|map| map.channels == channels),
+            "feature maps of one batch must agree in channels"
+        );
+        let blocks = Tensor::cat(maps.into_iter().map(|map| map.blocks).collect(), 0);
+        FeatureMap { blocks, channels }
+    }
+
+    /// Splits a batch before picture `at`: the first `at` pictures and the rest.
+    ///
+    /// # Panics
+    /// If either part would be empty.
+    pub fn split_batch(self, at: usize) -> (FeatureMap, FeatureMap) {
+        let n = self.blocks.dims()[0];
+        assert!(0 < at && at < n, "cannot split a batch of {n} at {at}");
+        let channels = self.channels;
+        let first = self.blocks.clone().narrow(0, 0, at);
+        let rest = self.blocks.narrow(0, at, n - at);
+        (
+            FeatureMap {
+                blocks: first,
+                channels,
+            },
+            FeatureMap {
+                blocks: rest,
+                channels,
+            },
+        )
+    }
+
+    /// The same values, cut from the graph of derivatives.
+    pub fn detach(self) -> FeatureMap {
+        self.map(|x| x.detach())
+    }
+
+    pub(crate) fn from_blocks(blocks: Tensor<5>, channels: usize) -> Self {
+        debug_assert_eq!(blocks.dims()[1], channels.div_ceil(blocks.dims()[4]));
+        Self { blocks, channels }
+    }
+
+    pub(crate) fn into_blocks(self) -> Tensor<5> {
+        self.blocks
+    }
+
+    pub(crate) fn channels(&self) -> usize {
+        self.channels
+    }
+
+    /// Channels in one block of the layout.
+    pub(crate) fn block(&self) -> usize {
+        self.blocks.dims()[4]
+    }
+
+    /// Applies a function of the blocks that keeps the channels.
+    pub(crate) fn map(self, f: impl FnOnce(Tensor<5>) -> Tensor<5>) -> FeatureMap {
+        FeatureMap {
+            blocks: f(self.blocks),
+            channels: self.channels,
+        }
+    }
+}
+
+/// Whether the device is Burn's Flex backend, with or without autodiff.
+pub(crate) fn is_cpu(device: &Device) -> bool {
+    match device.as_dispatch() {
+        DispatchDevice::Flex(_) => true,
+        DispatchDevice::Autodiff(inner) => matches!(**inner, DispatchDevice::Flex(_)),
+        #[allow(unreachable_patterns)]
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, random};
+
+    #[test]
+    fn layout_round_trips_for_any_number_of_channels() {
+        for c in [1, 3, 16, 17, 32, 40] {
+            let x = random([2, c, 3, 5], c as u64);
+            let map = FeatureMap::from_nchw(x.clone());
+            assert_eq!(map.dims(), [2, c, 3, 5]);
+            assert_eq!(map.block(), BLOCK);
+            assert_close(map.into_nchw(), x, 0.0);
+        }
+    }
+
+    #[test]
+    fn flatten_is_in_channel_row_column_order() {
+        let x = random([2, 20, 3, 4], 1);
+        let flat = FeatureMap::from_nchw(x.clone()).flatten();
+        assert_close(flat, x.reshape([2, 240]), 0.0);
+    }
+
+    #[test]
+    fn batches_concatenate_and_split() {
+        let (a, b) = (random([1, 5, 2, 2], 1), random([3, 5, 2, 2], 2));
+        let both = FeatureMap::cat_batch(vec![
+            FeatureMap::from_nchw(a.clone()),
+            FeatureMap::from_nchw(b.clone()),
+        ]);
+        let (first, rest) = both.split_batch(1);
+        assert_close(first.into_nchw(), a, 0.0);
+        assert_close(rest.into_nchw(), b, 0.0);
+    }
+}

@@ -1,0 +1,269 @@
+//! Every operation once in plain tensor code: what runs where no kernel does, and what kernels are tested against.
+//!
+//! Functions take the blocks `[N, C/b, H, W, b]` of a feature map for any `b`, and parameters in their usual shapes.
+
+use burn::tensor::{
+    Tensor,
+    module::{self, BatchNormTrainOutput},
+    ops::{ConvOptions, MaxPoolOptions, PadMode},
+    s,
+};
+
+use crate::{BiasActivation, Conv2dOptions};
+
+/// `[N, C, H, W]` to `[N, ⌈C/b⌉, H, W, b]`; lanes above `C` are zero.
+pub(crate) fn block(x: Tensor<4>, b: usize) -> Tensor<5> {
+    let [n, c, h, w] = x.dims();
+    if b == 1 {
+        return x.reshape([n, c, h, w, 1]);
+    }
+    let padded = c.next_multiple_of(b);
+    let x = if padded == c {
+        x
+    } else {
+        x.pad([(0, padded - c), (0, 0), (0, 0)], PadMode::Constant(0.0))
+    };
+    x.reshape([n, padded / b, b, h, w]).permute([0, 1, 3, 4, 2])
+}
+
+/// `[N, ⌈C/b⌉, H, W, b]` to `[N, C, H, W]`.
+pub(crate) fn unblock(x: Tensor<5>, channels: usize) -> Tensor<4> {
+    let [n, blocks, h, w, b] = x.dims();
+    if b == 1 {
+        return x.reshape([n, channels, h, w]);
+    }
+    let x = x.permute([0, 1, 4, 2, 3]).reshape([n, blocks * b, h, w]);
+    if blocks * b == channels {
+        x
+    } else {
+        x.narrow(1, 0, channels)
+    }
+}
+
+/// One value per channel `[C]` as a view that broadcasts over blocks, `[1, C/b, 1, 1, b]`.
+fn per_channel(values: Tensor<1>, x: &Tensor<5>) -> Tensor<5> {
+    let channels = values.dims()[0];
+    per_sample_channel(values.reshape([1, channels]), x)
+}
+
+/// One value per picture and channel `[N, C]` as a view that broadcasts over blocks, `[N, C/b, 1, 1, b]`.
+fn per_sample_channel(values: Tensor<2>, x: &Tensor<5>) -> Tensor<5> {
+    let [_, blocks, _, _, b] = x.dims();
+    let [n, channels] = values.dims();
+    let padding = blocks * b - channels;
+    let values = if padding == 0 {
+        values
+    } else {
+        values.pad([(0, padding)], PadMode::Constant(0.0))
+    };
+    values.reshape([n, blocks, 1, 1, b])
+}
+
+pub(crate) fn conv2d(x: Tensor<5>, weight: Tensor<4>, options: Conv2dOptions) -> Tensor<5> {
+    let b = x.dims()[4];
+    let x = unblock(x, weight.dims()[1] * options.groups);
+    let Conv2dOptions {
+        stride,
+        padding,
+        groups,
+    } = options;
+    let options = ConvOptions::new([stride; 2], [padding; 2], [1; 2], groups);
+    block(module::conv2d(x, weight, None, options), b)
+}
+
+/// The factor per picture and output channel that gives a modulated convolution unit variance, `[N, O]`.
+pub(crate) fn demodulation(weight: Tensor<4>, style: Tensor<2>) -> Tensor<2> {
+    let [o, i, _, _] = weight.dims();
+    let energy = weight.square().sum_dims(&[2, 3]).reshape([o, i]); // [O, I]
+    style
+        .square()
+        .matmul(energy.transpose())
+        .add_scalar(1e-8)
+        .sqrt()
+        .recip() // [N, O]
+}
+
+pub(crate) fn add_bias(x: Tensor<5>, bias: Tensor<1>) -> Tensor<5> {
+    let bias = per_channel(bias, &x);
+    x.add(bias)
+}
+
+pub(crate) fn scale_channels(x: Tensor<5>, scale: Tensor<2>) -> Tensor<5> {
+    let scale = per_sample_channel(scale, &x);
+    x.mul(scale)
+}
+
+/// `x · scale + shift` per channel.
+pub(crate) fn scale_shift(x: Tensor<5>, scale: Tensor<1>, shift: Tensor<1>) -> Tensor<5> {
+    let (scale, shift) = (per_channel(scale, &x), per_channel(shift, &x));
+    x.mul(scale).add(shift)
+}
+
+pub(crate) fn batch_norm_train(
+    x: Tensor<5>,
+    weight: Tensor<1>,
+    bias: Tensor<1>,
+    eps: f64,
+) -> (Tensor<5>, Tensor<1>, Tensor<1>) {
+    let b = x.dims()[4];
+    let x = unblock(x, weight.dims()[0]);
+    let BatchNormTrainOutput {
+        output,
+        mean,
+        variance,
+    } = module::batch_norm_train(x, weight, bias, eps);
+    (block(output, b), mean, variance)
+}
+
+pub(crate) fn prelu(x: Tensor<5>, slope: Tensor<1>) -> Tensor<5> {
+    let slope = per_channel(slope, &x);
+    let negative = x.clone().clamp_max(0.0);
+    x.clamp_min(0.0).add(negative.mul(slope))
+}
+
+pub(crate) fn bias_activation(x: Tensor<5>, bias: Option<Tensor<1>>, options: BiasActivation) -> Tensor<5> {
+    let BiasActivation {
+        negative_slope,
+        gain,
+        clamp,
+    } = options;
+    let x = match bias {
+        Some(bias) => add_bias(x, bias),
+        None => x,
+    };
+    let x = match negative_slope {
+        1.0 => x,
+        0.0 => burn::tensor::activation::relu(x),
+        slope => burn::tensor::activation::leaky_relu(x, f64::from(slope)),
+    };
+    let x = if gain == 1.0 { x } else { x.mul_scalar(gain) };
+    match clamp {
+        Some(limit) => x.clamp(-limit, limit),
+        None => x,
+    }
+}
+
+/// The derivative of [`bias_activation`] in the direction `tangent`. The slope at each value is a constant: the
+/// function is linear in pieces.
+pub(crate) fn bias_activation_tangent(
+    x: Tensor<5>,
+    bias: Option<Tensor<1>>,
+    tangent: Tensor<5>,
+    options: BiasActivation,
+) -> Tensor<5> {
+    let BiasActivation {
+        negative_slope,
+        gain,
+        clamp,
+    } = options;
+    let x = x.detach();
+    let x = match bias {
+        Some(bias) => add_bias(x, bias.detach()),
+        None => x,
+    };
+    let slope = Tensor::full_like(&x, gain).mask_fill(x.clone().lower_equal_elem(0.0), gain * negative_slope);
+    let slope = match clamp {
+        Some(limit) => {
+            let beyond = x.mul(slope.clone()).abs().greater_equal_elem(limit);
+            slope.mask_fill(beyond, 0.0)
+        }
+        None => slope,
+    };
+    tangent.mul(slope)
+}
+
+pub(crate) fn global_average_pool(x: Tensor<5>, channels: usize) -> Tensor<2> {
+    let [n, blocks, _, _, b] = x.dims();
+    let mean = x.mean_dims(&[2, 3]).reshape([n, blocks * b]);
+    if blocks * b == channels {
+        mean
+    } else {
+        mean.narrow(1, 0, channels)
+    }
+}
+
+pub(crate) fn max_pool2d(
+    x: Tensor<5>,
+    channels: usize,
+    kernel: usize,
+    stride: usize,
+    ceil_mode: bool,
+) -> Tensor<5> {
+    let b = x.dims()[4];
+    let options = MaxPoolOptions::new([kernel; 2])
+        .with_stride([stride; 2])
+        .with_ceil_mode(ceil_mode);
+    block(module::max_pool2d(unblock(x, channels), options), b)
+}
+
+pub(crate) fn subsample(x: Tensor<5>, stride: usize) -> Tensor<5> {
+    x.slice(s![.., .., ..;stride as isize, ..;stride as isize, ..])
+}
+
+pub(crate) fn add_noise(x: Tensor<5>, noise: Tensor<4>, strength: Tensor<1>) -> Tensor<5> {
+    let [n, _, h, w] = noise.dims();
+    let noise = noise.mul(strength.reshape([1, 1, 1, 1])).reshape([n, 1, h, w, 1]);
+    x.add(noise)
+}
+
+/// Smooth upsampling: nearest ×2, replication pad (2 before, 1 after), FIR [1, 3, 3, 1]/8 along each axis.
+///
+/// Of the four taps that meet an output pixel, pairs fall on the same input pixel, which leaves per axis
+/// `y[2m] = (x[m−1] + x[m])/2` and `y[2m+1] = (x[m−1] + 6·x[m] + x[m+1])/8`, the border replicated.
+pub(crate) fn upsample_smooth(x: Tensor<5>) -> Tensor<5> {
+    [2, 3].into_iter().fold(x, |x, axis| {
+        let (before, after) = (shift(x.clone(), axis, -1), shift(x.clone(), axis, 1));
+        let even = before.clone().add(x.clone()).mul_scalar(0.5);
+        let odd = before.add(after).mul_scalar(0.125).add(x.mul_scalar(0.75));
+        let mut dims = even.dims();
+        dims[axis] *= 2;
+        Tensor::stack::<6>(vec![even, odd], axis + 1).reshape(dims)
+    })
+}
+
+/// Smooth downsampling: replication pad (2 before, 1 after), FIR [1, 3, 3, 1]/8 along each axis, every second pixel.
+pub(crate) fn downsample_smooth(x: Tensor<5>) -> Tensor<5> {
+    [2, 3].into_iter().fold(x, |x, axis| {
+        let length = x.dims()[axis];
+        let padded = replicate(x, axis, 2, 1);
+        let taps = [0.125, 0.375, 0.375, 0.125].into_iter().enumerate();
+        let outputs = length.div_ceil(2);
+        taps.map(|(tap, weight)| {
+            let every_second: Vec<_> = (0..5)
+                .map(|a| {
+                    if a == axis {
+                        (tap..tap + 2 * outputs - 1, 2)
+                    } else {
+                        (0..padded.dims()[a], 1)
+                    }
+                })
+                .map(|(range, step)| {
+                    burn::tensor::Slice::new(range.start as isize, Some(range.end as isize), step)
+                })
+                .collect();
+            padded.clone().slice(every_second.as_slice()).mul_scalar(weight)
+        })
+        .reduce(Tensor::add)
+        .expect("four taps")
+    })
+}
+
+/// `y[j] = x[j + by]` along an axis, the border replicated.
+fn shift(x: Tensor<5>, axis: usize, by: isize) -> Tensor<5> {
+    let length = x.dims()[axis];
+    match by {
+        -1 => replicate(x, axis, 1, 0).narrow(axis, 0, length),
+        _ => replicate(x, axis, 0, 1).narrow(axis, 1, length),
+    }
+}
+
+/// Replication pad along one axis.
+fn replicate(x: Tensor<5>, axis: usize, before: usize, after: usize) -> Tensor<5> {
+    let length = x.dims()[axis];
+    let first = x.clone().narrow(axis, 0, 1);
+    let last = x.clone().narrow(axis, length - 1, 1);
+    let mut parts = vec![first; before];
+    parts.push(x);
+    parts.extend(vec![last; after]);
+    Tensor::cat(parts, axis)
+}

@@ -1,0 +1,109 @@
+//! Operations that change height and width.
+
+use crate::{FeatureMap, reference};
+
+/// Maximum over windows of `kernel`² pixels, no padding.
+///
+/// With `ceil_mode` a last window that hangs over the border counts, as in PyTorch.
+pub fn max_pool2d(x: FeatureMap, kernel: usize, stride: usize, ceil_mode: bool) -> FeatureMap {
+    let channels = x.channels();
+    x.map(|x| reference::max_pool2d(x, channels, kernel, stride, ceil_mode))
+}
+
+/// Keeps every `stride`-th pixel of every `stride`-th row, from the first.
+pub fn subsample(x: FeatureMap, stride: usize) -> FeatureMap {
+    if stride == 1 {
+        x
+    } else {
+        x.map(|x| reference::subsample(x, stride))
+    }
+}
+
+/// Doubles height and width: nearest neighbour, then the FIR filter [1, 3, 3, 1]⊗[1, 3, 3, 1]/64, borders replicated.
+pub fn upsample_smooth(x: FeatureMap) -> FeatureMap {
+    x.map(reference::upsample_smooth)
+}
+
+/// Halves height and width (rounded up): the FIR filter [1, 3, 3, 1]⊗[1, 3, 3, 1]/64, borders replicated, then
+/// every second pixel.
+pub fn downsample_smooth(x: FeatureMap) -> FeatureMap {
+    x.map(reference::downsample_smooth)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Tensor, module, ops::ConvOptions, ops::PadMode};
+
+    use super::*;
+    use crate::testing::{assert_close, random, values};
+
+    /// Replication pad (left 2, right 1, top 2, bottom 1), then the 4×4 filter, as the definition has it.
+    fn filter(x: Tensor<4>) -> Tensor<4> {
+        let taps = Tensor::<1>::from_floats([1.0, 3.0, 3.0, 1.0], &x.device());
+        let kernel = taps
+            .clone()
+            .reshape([4, 1])
+            .matmul(taps.reshape([1, 4]))
+            .div_scalar(64.0);
+        let channels = x.dims()[1];
+        let kernel = kernel.reshape([1, 1, 4, 4]).repeat_dim(0, channels);
+        let x = x.pad([(2, 1), (2, 1)], PadMode::Edge);
+        module::conv2d(
+            x,
+            kernel,
+            None,
+            ConvOptions::new([1; 2], [0; 2], [1; 2], channels),
+        )
+    }
+
+    #[test]
+    fn smooth_resampling_equals_its_definition() {
+        for [h, w] in [[1, 1], [2, 3], [5, 4], [8, 8]] {
+            let x = random([2, 3, h, w], (h * 10 + w) as u64);
+            let nearest = x
+                .clone()
+                .reshape([2, 3, h, 1, w, 1])
+                .expand([2, 3, h, 2, w, 2])
+                .reshape([2, 3, 2 * h, 2 * w]);
+            let got = upsample_smooth(FeatureMap::from_nchw(x.clone())).into_nchw();
+            assert_close(got, filter(nearest), 1e-6);
+
+            let rows: Vec<_> = (0..h)
+                .step_by(2)
+                .map(|row| filter(x.clone()).narrow(2, row, 1))
+                .collect();
+            let kept = Tensor::cat(rows, 2);
+            let columns: Vec<_> = (0..w)
+                .step_by(2)
+                .map(|column| kept.clone().narrow(3, column, 1))
+                .collect();
+            let got = downsample_smooth(FeatureMap::from_nchw(x)).into_nchw();
+            assert_close(got, Tensor::cat(columns, 3), 1e-6);
+        }
+    }
+
+    #[test]
+    fn subsample_keeps_pixels_and_passes_gradients_to_them_only() {
+        let x = random([1, 3, 5, 4], 1).require_grad();
+        let y = subsample(FeatureMap::from_nchw(x.clone()), 2).into_nchw();
+        assert_eq!(y.dims(), [1, 3, 3, 2]);
+        let gradient = values(x.grad(&y.clone().sum().backward()).expect("x is tracked"));
+        let (x, y) = (values(x), values(y));
+        for (index, (value, gradient)) in x.iter().zip(&gradient).enumerate() {
+            let (column, row, channel) = (index % 4, index / 4 % 5, index / 20);
+            let kept = row % 2 == 0 && column % 2 == 0;
+            assert_eq!(*gradient, if kept { 1.0 } else { 0.0 });
+            if kept {
+                assert_eq!(*value, y[channel * 6 + row / 2 * 2 + column / 2]);
+            }
+        }
+    }
+
+    #[test]
+    fn max_pool_in_ceil_mode_counts_windows_that_hang_over() {
+        let x = random([1, 3, 5, 5], 1);
+        let y = max_pool2d(FeatureMap::from_nchw(x.clone()), 2, 2, true).into_nchw();
+        assert_eq!(y.dims(), [1, 3, 3, 3]);
+        assert_eq!(values(y)[8], values(x)[24]);
+    }
+}
