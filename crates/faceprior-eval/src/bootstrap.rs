@@ -71,7 +71,40 @@ pub struct Difference {
     pub share_better: f64,
 }
 
+impl Estimate {
+    /// As text for a share: `79.73% [78.10, 81.25]`.
+    pub fn as_percent(&self) -> String {
+        match self.interval {
+            Some(Interval { low, high }) => {
+                format!(
+                    "{:.2}% [{:.2}, {:.2}]",
+                    100.0 * self.value,
+                    100.0 * low,
+                    100.0 * high
+                )
+            }
+            None => format!("{:.2}%", 100.0 * self.value),
+        }
+    }
+}
+
 impl Difference {
+    /// As text for a difference of shares: `+1.93 points [+0.40, +3.31]`.
+    pub fn as_points(&self) -> String {
+        let points = |x: f64| format!("{:+.2}", 100.0 * x).replace('-', "−");
+        match self.interval {
+            Some(Interval { low, high }) => {
+                format!(
+                    "{} points [{}, {}]",
+                    points(self.value),
+                    points(low),
+                    points(high)
+                )
+            }
+            None => format!("{} points", points(self.value)),
+        }
+    }
+
     /// Whether the whole interval lies on one side of zero.
     pub fn is_clear(&self) -> bool {
         self.interval
@@ -340,6 +373,37 @@ mod tests {
         assert!(difference.is_clear() && difference.share_better == 1.0 && difference.value == 0.5);
         assert_eq!(draws[0].difference(&draws[0], [1.0, 1.0], 0.95).share_better, 0.5);
         assert_eq!(draws[2].interval(0.95), None);
+    }
+
+    #[test]
+    fn numbers_are_written_as_percentages_and_points() {
+        let interval = Some(Interval {
+            low: -0.004,
+            high: 0.0331,
+        });
+        let difference = Difference {
+            value: 0.0193,
+            interval,
+            share_better: 0.9,
+        };
+        assert_eq!(difference.as_points(), "+1.93 points [−0.40, +3.31]");
+        assert!(!difference.is_clear());
+        let estimate = Estimate {
+            value: 0.79734,
+            interval: Some(Interval {
+                low: 0.781,
+                high: 0.8125,
+            }),
+        };
+        assert_eq!(estimate.as_percent(), "79.73% [78.10, 81.25]");
+        assert_eq!(
+            Estimate {
+                interval: None,
+                ..estimate
+            }
+            .as_percent(),
+            "79.73%"
+        );
     }
 
     #[test]
