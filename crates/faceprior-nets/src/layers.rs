@@ -8,7 +8,7 @@ use burn::module::{
     Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param,
     ParamId,
 };
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{Device, Distribution, Tensor, TensorData};
 use faceprior_ops::{self as ops, Conv2dOptions, FeatureMap};
 
 use crate::init::Init;
@@ -397,75 +397,235 @@ impl Layer {
     }
 }
 
-// Written out because the derived form would put the variant's name into every parameter's path.
-macro_rules! each_layer {
-    ($layer:expr, $inner:ident => $body:expr) => {
-        match $layer {
-            Layer::Conv2d($inner) => $body,
-            Layer::BatchNorm($inner) => $body,
-            Layer::PRelu($inner) => $body,
-            Layer::LeakyRelu($inner) => $body,
-            Layer::Dropout($inner) => $body,
-            Layer::SqueezeExcitation($inner) => $body,
+transparent_module!(Layer {
+    Conv2d,
+    BatchNorm,
+    PRelu,
+    LeakyRelu,
+    Dropout,
+    SqueezeExcitation
+});
+
+/// Resizes pictures bilinearly, half-pixel centres, without antialiasing (`align_corners` false).
+///
+/// # Shapes
+/// `[N, C, H, W]` → `[N, C, size[0], size[1]]`; pictures that have the size already are returned as they are.
+pub fn resize_bilinear(images: Tensor<4>, size: [usize; 2]) -> Tensor<4> {
+    let [n, c, height, width] = images.dims();
+    if [height, width] == size {
+        return images;
+    }
+    let device = images.device();
+    // Separable: one small dense matrix per axis, which every device multiplies and differentiates.
+    let rows = interpolation_matrix(height, size[0], &device).unsqueeze::<3>(); // [1, H', H]
+    let columns = interpolation_matrix(width, size[1], &device).transpose(); // [W, W']
+    let x = images.reshape([n * c * height, width]).matmul(columns); // [N·C·H, W']
+    let x = rows
+        .expand([n * c, size[0], height])
+        .matmul(x.reshape([n * c, height, size[1]])); // [N·C, H', W']
+    x.reshape([n, c, size[0], size[1]])
+}
+
+/// `[to, from]`: row i holds the two weights that make sample i.
+fn interpolation_matrix(from: usize, to: usize, device: &Device) -> Tensor<2> {
+    let mut matrix = vec![0.0f32; to * from];
+    let ratio = from as f64 / to as f64;
+    for (i, row) in matrix.chunks_exact_mut(from).enumerate() {
+        let position = ((i as f64 + 0.5) * ratio - 0.5).max(0.0);
+        let low = (position as usize).min(from - 1);
+        let fraction = (position - low as f64) as f32;
+        row[low] += 1.0 - fraction;
+        row[(low + 1).min(from - 1)] += fraction;
+    }
+    Tensor::from_data(TensorData::new(matrix, [to, from]), device)
+}
+
+/// Implements [`Module`] for an enum whose variants each hold the module of the same name.
+///
+/// Burn's derive would put the variant's name into the path of every parameter, and the path is PyTorch's key.
+macro_rules! transparent_module {
+    ($name:ident { $($variant:ident),* $(,)? }) => {
+        impl burn::module::Module for $name {
+            fn collect_devices(&self, devices: burn::module::Devices) -> burn::module::Devices {
+                match self { $(Self::$variant(inner) => inner.collect_devices(devices)),* }
+            }
+
+            fn num_params(&self) -> usize {
+                match self { $(Self::$variant(inner) => burn::module::Module::num_params(inner)),* }
+            }
+
+            fn fork(self, device: &burn::tensor::Device) -> Self {
+                match self { $(Self::$variant(inner) => Self::$variant(inner.fork(device))),* }
+            }
+
+            fn to_device(self, device: &burn::tensor::Device) -> Self {
+                match self { $(Self::$variant(inner) => Self::$variant(inner.to_device(device))),* }
+            }
+
+            fn visit<V: burn::module::ModuleVisitor>(&self, visitor: &mut V) {
+                match self { $(Self::$variant(inner) => inner.visit(visitor)),* }
+            }
+
+            fn map<M: burn::module::ModuleMapper>(self, mapper: &mut M) -> Self {
+                match self { $(Self::$variant(inner) => Self::$variant(inner.map(mapper))),* }
+            }
+
+            fn valid(&self) -> Self {
+                match self { $(Self::$variant(inner) => Self::$variant(inner.valid())),* }
+            }
+
+            fn train(self) -> Self {
+                match self { $(Self::$variant(inner) => Self::$variant(inner.train())),* }
+            }
+
+            fn materialize(self) -> Self {
+                match self { $(Self::$variant(inner) => Self::$variant(inner.materialize())),* }
+            }
         }
+
+        impl burn::module::ModuleDisplayDefault for $name {
+            fn content(&self, content: burn::module::Content) -> Option<burn::module::Content> {
+                match self { $(Self::$variant(inner) => content.add_single(inner)),* }.optional()
+            }
+        }
+
+        impl burn::module::ModuleDisplay for $name {}
     };
 }
+pub(crate) use transparent_module;
 
-macro_rules! map_layer {
-    ($layer:expr, $inner:ident => $body:expr) => {
-        match $layer {
-            Layer::Conv2d($inner) => Layer::Conv2d($body),
-            Layer::BatchNorm($inner) => Layer::BatchNorm($body),
-            Layer::PRelu($inner) => Layer::PRelu($body),
-            Layer::LeakyRelu($inner) => Layer::LeakyRelu($body),
-            Layer::Dropout($inner) => Layer::Dropout($body),
-            Layer::SqueezeExcitation($inner) => Layer::SqueezeExcitation($body),
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fill;
+
+    fn numbers<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+        tensor.into_data().try_to_vec().unwrap()
+    }
+
+    fn close(got: &[f32], expected: &[f32]) {
+        assert_eq!(got.len(), expected.len());
+        for (g, e) in got.iter().zip(expected) {
+            assert!(
+                (g - e).abs() <= 1e-5 * (1.0 + e.abs()),
+                "{got:?} is not {expected:?}"
+            );
         }
-    };
+    }
+
+    #[test]
+    fn a_clone_has_buffers_of_its_own() {
+        let device = Device::flex();
+        let norm = BatchNorm::new(&mut Init::new(1, &device), 2);
+        let (copy, valid) = (norm.clone(), norm.valid());
+        let x = FeatureMap::from_nchw(fill::input("x", [2, 2, 2, 2], 1.0, &device));
+        norm.forward(x, Mode::Train);
+        assert_ne!(numbers(norm.running_mean.get()), [0.0; 2]);
+        for untouched in [copy, valid] {
+            assert_eq!(numbers(untouched.running_mean.get()), [0.0; 2]);
+        }
+    }
+
+    #[test]
+    fn running_statistics_follow_the_batch() {
+        let device = Device::flex().autodiff();
+        let norm = BatchNorm::new(&mut Init::new(1, &device), 1);
+        // Mean 2.5, biased variance 1.25, unbiased 5/3.
+        let x = Tensor::<4>::from_floats([[[[1.0], [2.0], [3.0], [4.0]]]], &device);
+        let y = norm
+            .forward(FeatureMap::from_nchw(x.clone()), Mode::Train)
+            .into_nchw();
+        let deviations = [-1.5, -0.5, 0.5, 1.5].map(|d| d / (1.25f32 + 1e-5).sqrt());
+        close(&numbers(y), &deviations);
+        close(&numbers(norm.running_mean.get()), &[0.25]);
+        close(&numbers(norm.running_var.get()), &[0.9 + 0.1 * 5.0 / 3.0]);
+        assert!(norm.running_mean.get().is_autodiff() && !norm.running_mean.get().is_tracked());
+
+        let y = norm.forward(FeatureMap::from_nchw(x), Mode::Eval).into_nchw();
+        let expected = [1.0f32, 2.0, 3.0, 4.0].map(|x| (x - 0.25) / (0.9f32 + 0.1 * 5.0 / 3.0 + 1e-5).sqrt());
+        close(&numbers(y), &expected);
+    }
+
+    #[test]
+    fn buffers_follow_the_module_between_training_and_validation() {
+        let device = Device::flex().autodiff();
+        let norm = BatchNorm::new(&mut Init::new(1, &device), 1);
+        let valid = norm.valid();
+        assert!(!valid.running_var.get().is_autodiff());
+        assert!(valid.train().running_var.get().is_autodiff());
+        assert!(!norm.set_require_grad(true).running_var.get().is_require_grad());
+    }
+
+    #[test]
+    fn vectors_are_normalised_as_one_pixel_maps() {
+        let device = Device::flex();
+        let norm = fill::fill(BatchNorm::new(&mut Init::new(1, &device), 3), "n.");
+        let x = fill::input::<2>("v", [4, 3], 1.0, &device);
+        let map = FeatureMap::from_nchw(x.clone().reshape([4, 3, 1, 1]));
+        close(
+            &numbers(norm.forward_vectors(x, Mode::Eval)),
+            &numbers(norm.forward(map, Mode::Eval).into_nchw()),
+        );
+    }
+
+    #[test]
+    fn dropout_keeps_the_mean_and_rests_in_evaluation() {
+        let device = Device::flex();
+        device.seed(5);
+        let dropout = Dropout { p: 0.25 };
+        let ones = FeatureMap::from_nchw(Tensor::ones([4, 16, 16, 16], &device));
+        assert_eq!(
+            numbers(dropout.forward(ones.clone(), Mode::Eval).into_nchw()),
+            vec![1.0; 16384]
+        );
+        let dropped = numbers(dropout.forward(ones, Mode::Train).into_nchw());
+        let kept = dropped.iter().filter(|&&x| x > 0.0).count();
+        assert!(
+            (kept as f64 / 16384.0 - 0.75).abs() < 0.02,
+            "{kept} of 16384 kept"
+        );
+        assert!(dropped.iter().all(|&x| x == 0.0 || (x - 4.0 / 3.0).abs() < 1e-6));
+    }
+
+    #[test]
+    fn resizing_interpolates_between_half_pixel_centres() {
+        let device = Device::flex();
+        let ramp = Tensor::<4>::from_floats([[[[0.0, 1.0, 2.0, 3.0]]]], &device);
+        // PyTorch: interpolate(x, size, mode="bilinear", align_corners=False).
+        close(&numbers(resize_bilinear(ramp.clone(), [1, 2])), &[0.5, 2.5]);
+        close(
+            &numbers(resize_bilinear(ramp.clone(), [1, 8])),
+            &[0.0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.0],
+        );
+        close(
+            &numbers(resize_bilinear(ramp, [2, 3])),
+            &[1.0 / 6.0, 1.5, 17.0 / 6.0, 1.0 / 6.0, 1.5, 17.0 / 6.0],
+        );
+    }
+
+    #[test]
+    fn names_are_those_of_pytorch() {
+        let init = &mut Init::new(1, &Device::flex());
+        let sequence = vec![
+            Layer::Conv2d(Conv2d::new(init, 2, 4, [1, 1], Conv2dOptions::default()).with_bias(init)),
+            Layer::LeakyRelu(LeakyRelu { slope: 0.01 }),
+            Layer::BatchNorm(BatchNorm::new(init, 4)),
+            Layer::SqueezeExcitation(SqueezeExcitation::new(init, 4, 2)),
+        ];
+        let weights = crate::weights::Weights::from_module(&sequence, "s.");
+        let names: Vec<&str> = weights.names().collect();
+        let expected = [
+            "s.0.bias",
+            "s.0.weight",
+            "s.2.bias",
+            "s.2.num_batches_tracked",
+            "s.2.running_mean",
+            "s.2.running_var",
+            "s.2.weight",
+            "s.3.fc1.weight",
+            "s.3.fc2.weight",
+        ];
+        assert_eq!(names, expected);
+        assert_eq!(Module::num_params(&sequence), 8 + 4 + 8 + 16);
+    }
 }
-
-impl Module for Layer {
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        each_layer!(self, layer => layer.collect_devices(devices))
-    }
-
-    fn num_params(&self) -> usize {
-        each_layer!(self, layer => Module::num_params(layer))
-    }
-
-    fn fork(self, device: &Device) -> Self {
-        map_layer!(self, layer => layer.fork(device))
-    }
-
-    fn to_device(self, device: &Device) -> Self {
-        map_layer!(self, layer => layer.to_device(device))
-    }
-
-    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        each_layer!(self, layer => layer.visit(visitor))
-    }
-
-    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
-        map_layer!(self, layer => layer.map(mapper))
-    }
-
-    fn valid(&self) -> Self {
-        map_layer!(self, layer => layer.valid())
-    }
-
-    fn train(self) -> Self {
-        map_layer!(self, layer => layer.train())
-    }
-
-    fn materialize(self) -> Self {
-        map_layer!(self, layer => layer.materialize())
-    }
-}
-
-impl ModuleDisplayDefault for Layer {
-    fn content(&self, content: Content) -> Option<Content> {
-        each_layer!(self, layer => content.add_single(layer)).optional()
-    }
-}
-
-impl ModuleDisplay for Layer {}

@@ -1,0 +1,120 @@
+//! Reading the goldens, and measuring how far from them we are.
+
+use std::path::{Path, PathBuf};
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Gradients, Tensor};
+use faceprior_nets::weights::Weights;
+
+/// `<workspace>/goldens`.
+pub fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens")
+}
+
+pub fn read(name: &str) -> Weights {
+    Weights::read(&folder().join(name)).unwrap()
+}
+
+/// A list of names in `nets.json`.
+pub fn names(key: &str) -> Vec<String> {
+    let json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(folder().join("nets.json")).unwrap()).unwrap();
+    serde_json::from_value(json[key].clone()).unwrap()
+}
+
+pub fn numbers<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().try_to_vec().unwrap()
+}
+
+/// Demands that the largest difference is at most `tolerance` of the largest golden number.
+pub fn assert_close<const D: usize>(what: &str, got: Tensor<D>, golden: &Weights, key: &str, tolerance: f32) {
+    let expected = golden.get(key).unwrap_or_else(|| panic!("no golden {key}"));
+    assert_eq!(&got.shape(), expected.shape(), "{what}");
+    let (got, expected) = (numbers(got), expected.try_to_vec::<f32>().unwrap());
+    let largest = expected.iter().fold(0.0f32, |m, e| m.max(e.abs()));
+    // NaN must not pass for a small difference.
+    let error = got
+        .iter()
+        .zip(&expected)
+        .map(|(g, e)| (g - e).abs())
+        .fold(0.0f32, |m, d| if d <= m { m } else { d });
+    assert!(
+        error <= tolerance * largest,
+        "{what}: off by {error:e}, largest {largest:e}"
+    );
+    eprintln!("{what}: relative error {:.1e}", error / largest);
+}
+
+/// Demands that the L2 norm of every parameter's gradient is the golden one within `tolerance` of it, or of
+/// `floor` times the largest norm.
+pub fn assert_gradient_norms<M: Module>(
+    what: &str,
+    module: &M,
+    gradients: &Gradients,
+    (golden, key): (&Weights, &str),
+    names: &[String],
+    (tolerance, floor): (f64, f64),
+) {
+    let expected: Vec<f32> = golden.get(key).unwrap().try_to_vec().unwrap();
+    assert_eq!(names.len(), expected.len());
+    let mut norms = Norms {
+        path: Vec::new(),
+        gradients,
+        found: Vec::new(),
+    };
+    module.visit(&mut norms);
+    let largest = expected.iter().fold(0.0f64, |m, &e| m.max(f64::from(e)));
+    let mut worst = (0.0, "");
+    assert_eq!(
+        norms.found.len(),
+        names.len(),
+        "{what}: parameters with a gradient"
+    );
+    for (name, &expected) in names.iter().zip(&expected) {
+        let norm = norms
+            .found
+            .iter()
+            .find(|(found, _)| name.ends_with(found.as_str()));
+        let (_, norm) = norm.unwrap_or_else(|| panic!("{what}: no gradient of {name}"));
+        let expected = f64::from(expected);
+        let error = (norm - expected).abs() / expected.max(floor * largest);
+        assert!(
+            error <= tolerance,
+            "{what}: gradient of {name} has norm {norm:e}, expected {expected:e}"
+        );
+        if error > worst.0 {
+            worst = (error, name);
+        }
+    }
+    eprintln!(
+        "{what}: gradient norms within {:.1e} (worst: {})",
+        worst.0, worst.1
+    );
+}
+
+struct Norms<'a> {
+    path: Vec<String>,
+    gradients: &'a Gradients,
+    found: Vec<(String, f64)>,
+}
+
+impl ModuleVisitor for Norms<'_> {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Some(gradient) = param.val().grad(self.gradients) {
+            let norm = numbers(gradient)
+                .iter()
+                .map(|&g| f64::from(g).powi(2))
+                .sum::<f64>()
+                .sqrt();
+            self.found.push((self.path.join("."), norm));
+        }
+    }
+}
