@@ -33,8 +33,12 @@ pub(crate) fn bilinear(source: &Image, width: usize, height: usize, window: Wind
     let columns = Filter::new(source.width(), width, window.x, window.width);
     let rows = Filter::new(source.height(), height, window.y, window.height);
 
-    let first_row = rows.start(0);
-    let used_rows = rows.end(window.height - 1) - first_row;
+    // An axis that keeps its length is not filtered, as in Pillow.
+    let (first_row, used_rows) = if height == source.height() {
+        (window.y, window.height)
+    } else {
+        (rows.start(0), rows.end(window.height - 1) - rows.start(0))
+    };
     let stride = source.width() * 3;
     let source_rows = &source.pixels()[first_row * stride..(first_row + used_rows) * stride];
 

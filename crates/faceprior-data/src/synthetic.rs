@@ -215,9 +215,9 @@ fn jittered(rng: &mut impl Rng, color: Color, deviation: f32) -> Color {
 }
 
 const SKIN: [Color; 6] = [
-    [0.97, 0.84, 0.76],
-    [0.93, 0.75, 0.63],
-    [0.84, 0.64, 0.49],
+    [0.96, 0.82, 0.76],
+    [0.92, 0.73, 0.64],
+    [0.83, 0.62, 0.50],
     [0.69, 0.48, 0.34],
     [0.50, 0.33, 0.23],
     [0.33, 0.21, 0.15],
@@ -248,7 +248,7 @@ impl Identity {
         let robust = (0.5 + 0.32 * normal(rng)).clamp(0.0, 1.0);
         let age = unit(rng);
         let base_skin = palette(&SKIN, melanin);
-        let skin = jittered(rng, base_skin, 0.05);
+        let skin = jittered(rng, base_skin, 0.025);
         let lips = mix(skin, [0.66, 0.24, 0.26], within(rng, 0.35, 0.75));
         let fair = chance(rng, 0.95 - 1.4 * melanin);
         let tone = unit(rng);
@@ -262,7 +262,7 @@ impl Identity {
         let iris_tone = if fair { unit(rng) } else { 0.35 * unit(rng) };
         let base_iris = palette(&IRIS, iris_tone);
         let face_width = around(rng, 0.84, 0.055);
-        let bald = chance(rng, 0.16 * robust);
+        let bald = chance(rng, 0.11 * robust);
         let long = chance(rng, 0.92 - 0.9 * robust);
         let bearded = chance(rng, 0.75 * robust - 0.15);
         let spectacled = chance(rng, 0.14);
@@ -278,7 +278,7 @@ impl Identity {
         Identity {
             skin,
             face_width,
-            skull_height: around(rng, 1.12, 0.05),
+            skull_height: around(rng, 1.06, 0.045),
             chin_length: around(rng, 0.45 + 0.06 * robust, 0.045),
             jaw_angle: (0.12 + 0.40 * robust + 0.10 * normal(rng)).clamp(0.0, 0.7),
             jaw_taper: (0.22 - 0.10 * robust + 0.05 * normal(rng)).clamp(0.02, 0.34),
@@ -298,7 +298,7 @@ impl Identity {
             nose_width: around(rng, 0.172, 0.028),
             nose_height: around(rng, 0.085, 0.022).max(0.03),
             mouth_level: around(rng, 0.92, 0.034),
-            mouth_width: around(rng, 0.31, 0.034),
+            mouth_width: around(rng, 0.345, 0.036),
             upper_lip: around(rng, 0.066 - 0.012 * robust, 0.015).max(0.022),
             lower_lip: around(rng, 0.092 - 0.012 * robust, 0.018).max(0.035),
             lip_bow: within(rng, 0.0, 0.035),
@@ -318,8 +318,8 @@ impl Identity {
             hair_curtain: if long { within(rng, 0.74, 1.06) } else { 1.2 },
             beard: if bearded { within(rng, 0.25, 0.95) } else { 0.0 },
             beard_reach: unit(rng),
-            freckles: if fair && chance(rng, 0.3) {
-                within(rng, 0.3, 1.0)
+            freckles: if fair && chance(rng, 0.22) {
+                within(rng, 0.2, 0.8)
             } else {
                 0.0
             },
@@ -414,7 +414,7 @@ impl Nuisance {
             gaze: [0.0; 2],
             eye_open: 1.0,
             brow_raise: 0.0,
-            smile: 0.15,
+            smile: 0.35,
             mouth_open: 0.0,
             background: [[0.62, 0.67, 0.72], [0.45, 0.50, 0.56]],
             background_direction: [0.0, 1.0],
@@ -429,9 +429,12 @@ impl Nuisance {
     /// A picture as they come: everything varies.
     pub fn sample(rng: &mut impl Rng) -> Nuisance {
         let direction = std::f32::consts::TAU * unit(rng);
-        let warm = normal(rng) * 0.10;
-        let green = normal(rng) * 0.03;
-        let color = |rng: &mut _| [unit(rng), unit(rng), unit(rng)].map(|channel| 0.08 + 0.84 * channel);
+        let warm = normal(rng) * 0.055;
+        let green = normal(rng) * 0.018;
+        let color = |rng: &mut _| {
+            let (grey, saturation) = (within(rng, 0.12, 0.88), 0.65 * unit(rng));
+            mix([grey; 3], [unit(rng), unit(rng), unit(rng)], saturation)
+        };
         let near_color = color(rng);
         let far_color = mix(near_color, color(rng), 0.7 * unit(rng));
         let speaks = chance(rng, 0.35);
@@ -456,14 +459,14 @@ impl Nuisance {
                 around(rng, 0.95, 0.16).clamp(0.25, 1.3)
             },
             brow_raise: around(rng, 0.0, 0.022),
-            smile: around(rng, 0.25, 0.4).clamp(-0.5, 1.2),
+            smile: around(rng, 0.45, 0.42).clamp(-0.5, 1.3),
             mouth_open: if speaks { 0.17 * unit(rng) } else { 0.0 },
             background: [near_color, far_color],
             background_direction: [direction.cos(), direction.sin()],
             texture: 0.5 * unit(rng),
             clothes: color(rng),
             blur: 0.012 * unit(rng) * unit(rng),
-            noise: 0.035 * unit(rng),
+            noise: 0.026 * unit(rng),
             seed: rng.next_u32(),
         }
     }
@@ -664,7 +667,7 @@ impl<'a> Scene<'a> {
             clothes: linear(how.clothes),
             nose_shift: 0.26 * how.yaw,
             mouth_width: who.mouth_width * (1.0 + 0.16 * smile - 0.8 * how.mouth_open),
-            corner_level: who.mouth_level - 0.065 * smile + 0.3 * how.mouth_open,
+            corner_level: who.mouth_level - 0.095 * smile + 0.3 * how.mouth_open,
         }
     }
 
@@ -706,7 +709,7 @@ impl<'a> Scene<'a> {
 
     fn surface(&self, u: f32, v: f32) -> Surface {
         let (x, y, width, height) = self.relative(u, v);
-        let k = if v < CHEEK { 0.12 } else { self.who.jaw_angle };
+        let k = if v < CHEEK { 0.26 } else { self.who.jaw_angle };
         let (x2, y2) = (x * x, y * y);
         let value = (1.0 - k) * (x2 + y2) + k * (x2 * x2 + y2 * y2);
         let gradient_x = (2.0 * (1.0 - k) + 4.0 * k * x2) * x / width;
@@ -803,7 +806,7 @@ impl<'a> Scene<'a> {
         let width = who.face_width + 0.06 + 0.55 * volume;
         let center = -0.12;
         let wave = if who.hair_curl > 0.05 && u.abs() < width + 0.3 {
-            0.16 * who.hair_curl * noise(who.seed, 5.0 * u + 20.0, 5.0 * v)
+            0.13 * who.hair_curl * noise(who.seed, 5.0 * u + 20.0, 5.0 * v)
         } else {
             0.0
         };
@@ -812,16 +815,16 @@ impl<'a> Scene<'a> {
             let r = (square(u / width) + square((v - center) / height)).sqrt();
             (r - 1.0) * width.min(height) + wave
         } else {
+            // Long hair falls, short hair follows the skull behind the ears.
             let below = v - center;
-            let flare = width * (1.0 + 0.10 * below - 0.10 * below * below) - 0.05 * below;
-            let side = u.abs() - flare;
+            let short = smooth(0.7, 0.4, who.hair_length);
+            let falling = width * (1.0 + 0.10 * below - 0.10 * below * below);
+            let side = u.abs() - (falling + (width - 1.1 * below - falling) * short);
             let end = (v - who.hair_length) * 0.8;
-            // Rounded where both meet.
-            let (a, b) = ((side + 0.2).max(0.0), (end + 0.2).max(0.0));
-            (a * a + b * b).sqrt() - 0.2
-                + side.max(end).min(-0.2)
-                + 0.2 * f32::from(side.max(end) < -0.2)
-                + wave
+            // The larger of both, with the corner rounded.
+            const ROUND: f32 = 0.2;
+            let (a, b) = ((side + ROUND).max(0.0), (end + ROUND).max(0.0));
+            (a * a + b * b).sqrt() + (side.max(end) + ROUND).min(0.0) - ROUND + wave
         }
     }
 
@@ -988,7 +991,7 @@ impl<'a> Scene<'a> {
         let center_u = (cu + 0.25 + 0.5 * lattice(seed ^ 1, ix, iy)) * CELL;
         let center_v = (cv + 0.25 + 0.5 * lattice(seed ^ 2, ix, iy)) * CELL;
         let d = (square(u - center_u) + square(v - center_v)).sqrt() - 0.014;
-        0.45 * region.sqrt() * cover(d, self.px.max(0.018))
+        0.32 * region.sqrt() * cover(d, self.px.max(0.018))
     }
 
     fn beard(&self, skin: Color, u: f32, v: f32) -> Color {
