@@ -1,0 +1,314 @@
+//! StyleGAN2-ADA against numbers of the reference, computed in float64: values, losses and every parameter's gradient.
+//!
+//! Parameters, inputs and the names `gan32`, `gan128` are those of the goldens' fill rule (`faceprior_nets::fill`).
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Device, Gradients, Tensor};
+use faceprior_nets::fill::{fill, input};
+use faceprior_nets::init::Init;
+use faceprior_nets::stylegan2::regularizers::{path_length_penalty, r1_penalty};
+use faceprior_nets::stylegan2::{
+    Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, Noise, discriminator_loss, generator_loss,
+};
+use faceprior_nets::weights::Weights;
+
+const OUTPUT: f64 = 1e-4;
+const NORM: f64 = 1e-3;
+
+fn golden_file(name: &str) -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../goldens")).join(name)
+}
+
+/// The networks of one golden, filled, with their inputs.
+struct Golden {
+    net: &'static str,
+    numbers: Weights,
+    device: Device,
+    resolution: usize,
+    mapping_layers: usize,
+}
+
+impl Golden {
+    fn new(net: &'static str, device: Device) -> Self {
+        let numbers = Weights::read(&golden_file("stylegan2.safetensors")).unwrap();
+        let (resolution, mapping_layers) = if net == "gan32" { (32, 2) } else { (128, 8) };
+        Self {
+            net,
+            numbers,
+            device,
+            resolution,
+            mapping_layers,
+        }
+    }
+
+    fn generator(&self) -> Generator {
+        let config = GeneratorConfig {
+            resolution: self.resolution,
+            latent_dim: 512,
+            mapping_layers: self.mapping_layers,
+            channel_base: 16384,
+            channel_max: 512,
+        };
+        fill(config.init(&mut Init::new(0, &self.device)), "g.G.")
+    }
+
+    fn discriminator(&self) -> Discriminator {
+        let config = DiscriminatorConfig {
+            resolution: self.resolution,
+            channel_base: 16384,
+            channel_max: 512,
+        };
+        fill(config.init(&mut Init::new(0, &self.device)), "g.D.")
+    }
+
+    fn z(&self, name: &str) -> Tensor<2> {
+        input(name, [4, 512], 3.0f64.sqrt(), &self.device)
+    }
+
+    fn real(&self) -> Tensor<4> {
+        let size = self.resolution;
+        input(&format!("g.real{size}"), [4, 3, size, size], 1.0, &self.device)
+    }
+
+    fn expected(&self, name: &str) -> Vec<f32> {
+        let name = format!("{}.{name}", self.net);
+        let data = self
+            .numbers
+            .get(&name)
+            .unwrap_or_else(|| panic!("no golden {name}"));
+        data.as_slice::<f32>().unwrap().to_vec()
+    }
+
+    /// Compares with the golden's first values, one after another.
+    fn check(&self, name: &str, got: &[f32], tolerance: f64) {
+        let expected = self.expected(name);
+        assert!(
+            got.len() <= expected.len(),
+            "{name}: {} values, golden {}",
+            got.len(),
+            expected.len()
+        );
+        let expected = &expected[..got.len()];
+        let largest = expected
+            .iter()
+            .fold(0.0f64, |largest, &x| largest.max(f64::from(x).abs()));
+        for (index, (&got, &expected)) in got.iter().zip(expected).enumerate() {
+            let difference = (f64::from(got) - f64::from(expected)).abs();
+            assert!(
+                difference <= tolerance * largest,
+                "{}.{name}[{index}]: got {got}, expected {expected}, largest {largest}",
+                self.net
+            );
+        }
+    }
+
+    /// Compares the norm of every parameter's gradient. Names are sorted out by nets.json; filter kernels, which are
+    /// no parameters here, have norm 0 there.
+    fn check_norms<M: Module>(&self, name: &str, names: &str, module: &M, gradients: &Gradients) {
+        let mut got = Norms {
+            path: Vec::new(),
+            gradients,
+            norms: BTreeMap::new(),
+        };
+        module.visit(&mut got);
+        let names = self.names(names);
+        let expected = self.expected(name);
+        assert_eq!(names.len(), expected.len());
+        let largest = expected
+            .iter()
+            .fold(0.0f64, |largest, &x| largest.max(f64::from(x)));
+        for (key, expected) in names.iter().zip(expected) {
+            let got = got.norms.remove(key).unwrap_or_else(|| {
+                assert!(key.ends_with(".kernel"), "the network has no parameter {key}");
+                0.0
+            });
+            let difference = (got - f64::from(expected)).abs();
+            assert!(
+                difference <= NORM * f64::from(expected).abs().max(1e-6 * largest),
+                "{name} of {key}: got {got}, expected {expected}"
+            );
+        }
+        let left: Vec<_> = got.norms.keys().collect();
+        assert!(left.is_empty(), "the golden has no {left:?}");
+    }
+
+    fn names(&self, names: &str) -> Vec<String> {
+        let json = std::fs::read_to_string(golden_file("nets.json")).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        serde_json::from_value(json[format!("{}.{names}", self.net)].clone()).unwrap()
+    }
+}
+
+/// The norms of the gradients of all parameters, buffers left out.
+struct Norms<'a> {
+    path: Vec<String>,
+    gradients: &'a Gradients,
+    norms: BTreeMap<String, f64>,
+}
+
+impl ModuleVisitor for Norms<'_> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if !param.val().is_require_grad() {
+            return;
+        }
+        let square =
+            |gradient: Tensor<D>| -> f64 { values(gradient).iter().map(|&x| f64::from(x).powi(2)).sum() };
+        let norm = param.val().grad(self.gradients).map_or(0.0, square).sqrt();
+        self.norms.insert(self.path.join("."), norm);
+    }
+}
+
+fn values<const D: usize>(x: Tensor<D>) -> Vec<f32> {
+    x.into_data().try_to_vec().unwrap()
+}
+
+fn tracked(net: &'static str) -> Golden {
+    Golden::new(net, Device::flex().autodiff())
+}
+
+#[test]
+fn gan32_values() {
+    let golden = Golden::new("gan32", Device::flex());
+    let generator = golden.generator();
+    let (w, w2) = (
+        generator.mapping.forward(golden.z("g.z")),
+        generator.mapping.forward(golden.z("g.z2")),
+    );
+    golden.check("w", &values(w.clone()), OUTPUT);
+    let truncated = generator.mapping.truncate(generator.codes(w.clone()), 0.7, None);
+    golden.check("w_truncated", &values(truncated.narrow(1, 0, 1)), OUTPUT);
+    let image = generator
+        .synthesis
+        .forward(generator.codes(w.clone()), Noise::Constant);
+    golden.check("image", &values(image), OUTPUT);
+    let mixed = generator
+        .synthesis
+        .forward(generator.mixed_codes(w, w2, 3), Noise::Constant);
+    golden.check("image_mixed", &values(mixed), OUTPUT);
+    golden.check(
+        "logits",
+        &values(golden.discriminator().forward(golden.real())),
+        OUTPUT,
+    );
+}
+
+/// The published size: depth 8, up to 512 channels. Of the four pictures the first is enough.
+#[test]
+fn gan128_values() {
+    let golden = Golden::new("gan128", Device::flex());
+    let generator = golden.generator();
+    let (w, w2) = (
+        generator.mapping.forward(golden.z("g.z")),
+        generator.mapping.forward(golden.z("g.z2")),
+    );
+    golden.check("w", &values(w.clone()), OUTPUT);
+    let truncated = generator.mapping.truncate(generator.codes(w.clone()), 0.7, None);
+    golden.check("w_truncated", &values(truncated.narrow(1, 0, 1)), OUTPUT);
+    let (w, w2) = (w.narrow(0, 0, 1), w2.narrow(0, 0, 1));
+    let codes = Tensor::cat(
+        vec![generator.codes(w.clone()), generator.mixed_codes(w, w2, 3)],
+        0,
+    );
+    let images = values(generator.synthesis.forward(codes, Noise::Constant));
+    let (image, mixed) = images.split_at(3 * 128 * 128);
+    golden.check("image", image, OUTPUT);
+    golden.check("image_mixed", mixed, OUTPUT);
+    golden.check(
+        "logits",
+        &values(golden.discriminator().forward(golden.real())),
+        OUTPUT,
+    );
+}
+
+#[test]
+fn gan32_generator_loss() {
+    let golden = tracked("gan32");
+    let generator = golden.generator();
+    let codes = generator.codes(generator.mapping.forward(golden.z("g.z")));
+    let fake = generator.synthesis.forward(codes, Noise::Constant);
+    let loss = generator_loss(golden.discriminator().valid().forward(fake));
+    golden.check("g_loss", &values(loss.clone()), OUTPUT);
+    golden.check_norms("g_grad_norm", "G_names", &generator, &loss.backward());
+}
+
+#[test]
+fn gan32_discriminator_loss() {
+    let golden = tracked("gan32");
+    let generator = golden.generator().valid();
+    let discriminator = golden.discriminator();
+    let codes = generator.codes(generator.mapping.forward(golden.z("g.z").without_autodiff()));
+    let fake = generator.synthesis.forward(codes, Noise::Constant);
+    let loss = discriminator_loss(discriminator.forward(fake), discriminator.forward(golden.real()));
+    golden.check("d_loss", &values(loss.clone()), OUTPUT);
+    golden.check_norms("d_grad_norm", "D_names", &discriminator, &loss.backward());
+}
+
+/// R1 jumps where a unit of a leaky ReLU changes its sign, and in this golden one unit lies so near to zero that the
+/// order of a sum decides its side in single precision: the penalty then moves by 6.5e-4. So the pictures are also
+/// taken with other roundings, and the golden must be met at one of them, penalty and every gradient.
+#[test]
+fn gan32_r1() {
+    let golden = tracked("gan32");
+    let discriminator = golden.discriminator();
+    let expected = golden.expected("r1")[0];
+    let r1 = (0..8)
+        .map(|rounding| {
+            let scale = if rounding == 0 { 0.0 } else { 3e-7 };
+            let offset = input(
+                &format!("rounding.{rounding}"),
+                [4, 3, 32, 32],
+                scale,
+                &golden.device,
+            );
+            r1_penalty(&discriminator, golden.real() + golden.real() * offset)
+        })
+        .find(|r1| f64::from((r1.penalty - expected).abs()) <= OUTPUT * f64::from(expected))
+        .expect("the penalty is the golden's at one of the roundings");
+    let gradients = r1.surrogate.backward();
+    golden.check_norms("r1_grad_norm", "D_names", &discriminator, &gradients);
+    let first = discriminator.net.from_rgb.weight.val().grad(&gradients).unwrap();
+    golden.check("r1_grad_first", &values(first), NORM);
+    let last = discriminator
+        .net
+        .epilogue
+        .out
+        .weight
+        .val()
+        .grad(&gradients)
+        .unwrap();
+    golden.check("r1_grad_fc", &values(last), NORM);
+}
+
+#[test]
+fn gan32_path_length() {
+    let golden = tracked("gan32");
+    let generator = golden.generator();
+    let codes = generator.codes(generator.mapping.forward(golden.z("g.z")));
+    let directions = input("g.plnoise32", [4, 3, 32, 32], 3.0f64.sqrt(), &golden.device).div_scalar(32.0);
+    let path = path_length_penalty(&generator.synthesis, codes, directions, Noise::Constant, 0.7);
+    golden.check("pl", &[path.penalty], OUTPUT);
+    golden.check("pl_mean", &[path.running_mean], OUTPUT);
+    let gradients = path.surrogate.backward();
+    golden.check_norms("pl_grad_norm", "G_names", &generator, &gradients);
+    let mapping = generator.mapping.layers[0].weight.val().grad(&gradients).unwrap();
+    golden.check("pl_grad_mapping0", &values(mapping.narrow(0, 0, 8)), NORM);
+    let constant = generator
+        .synthesis
+        .first_block
+        .constant
+        .val()
+        .grad(&gradients)
+        .unwrap();
+    golden.check("pl_grad_const", &values(constant.narrow(0, 0, 8)), NORM);
+}
