@@ -10,7 +10,7 @@ use std::io::{Cursor, Write};
 use faceprior_eval::Embeddings;
 use faceprior_eval::plot::{Axis, Bar, BarChart, LineChart, Series, det_chart, roc_chart, score_histogram};
 use faceprior_eval::report::{
-    Block, Cell, KeyFigure, Picture, Report, Row, Section, Table, comparison_table,
+    Block, Cell, Column, KeyFigure, Picture, Report, Row, Section, Table, comparison_table,
 };
 use faceprior_eval::verification::{Pair, Protocol, compare, verify};
 use image::{ImageFormat, Rgb, RgbImage};
@@ -167,7 +167,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let worst = Table {
         caption: "Most striking mistakes".into(),
-        columns: ["", "Truth", "Squared distance"].map(Into::into).to_vec(),
+        columns: vec![
+            Column::words(""),
+            Column::words("Truth"),
+            Column::numbers("Squared distance"),
+        ],
         rows: (mistakes.impostor.iter().map(|m| row("two people", m)))
             .chain(mistakes.genuine.iter().map(|m| row("one person", m)))
             .collect(),
@@ -198,10 +202,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         ],
         figures: models
             .iter()
-            .map(|(name, scored)| KeyFigure {
-                value: format!("{:.1}%", 100.0 * scored.result().accuracy.value),
-                label: format!("accuracy, {name}"),
-                detail: scored.result().accuracy.as_percent(),
+            .map(|(name, scored)| {
+                KeyFigure::estimate(format!("accuracy, {name}"), &scored.result().accuracy)
             })
             .collect(),
         sections: vec![

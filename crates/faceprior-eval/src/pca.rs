@@ -186,8 +186,8 @@ mod tests {
         let mean = rows.column_means();
         rows.subtract_row(&mean);
         let (values, vectors) = leading_subspace(&rows, 26);
-        for k in 0..10 {
-            let relative = values[k] / 149.0 / exact.variances[k] - 1.0;
+        for (k, value) in values.iter().enumerate().take(10) {
+            let relative = value / 149.0 / exact.variances[k] - 1.0;
             assert!(relative.abs() < 1e-9, "component {k}: {relative:e}");
             let alignment = crate::linalg::dot(vectors.row(k), exact.components.row(k)).abs();
             assert!((alignment - 1.0).abs() < 1e-6, "component {k}: {alignment}");

@@ -369,6 +369,10 @@ impl Histogram {
         let y = Span::new(&y_axis, shares.iter().flatten().copied().chain([0.0]), true);
         let entries = entries(self.samples.iter().map(|s| (s.0.as_str(), false)));
         let mut canvas = Canvas::new(&self.title, &y_axis.label, &entries, HEIGHT);
+        if !self.marks.is_empty() {
+            canvas.top += MARK_ROOM;
+            canvas.height += MARK_ROOM;
+        }
         let frame = canvas.frame(x, y, &self.x, &y_axis);
         canvas.open_clip(&frame);
         let outlines: Vec<String> = shares
@@ -430,7 +434,7 @@ impl BarChart {
             .map(|bar| text_width(&bar.name, 13.0))
             .fold(40.0, f64::max)
             .min(260.0);
-        let top = canvas.top + if self.start.is_some() { 14.0 } else { 0.0 };
+        let top = canvas.top + if self.start.is_some() { 22.0 } else { 0.0 };
         let frame = Frame {
             x,
             y: Span {
@@ -484,11 +488,13 @@ impl BarChart {
     }
 }
 
-const WIDTH: f64 = 720.0;
+const WIDTH: f64 = 840.0;
 /// Height of the area between the axes.
-const HEIGHT: f64 = 300.0;
+const HEIGHT: f64 = 320.0;
 /// Room below it for tick labels and the axis label.
 const AXIS_ROOM: f64 = 46.0;
+/// Room above it for the labels of vertical lines.
+const MARK_ROOM: f64 = 14.0;
 const COLORS: usize = 6;
 
 const STYLE: &str = "<style>\
@@ -565,15 +571,15 @@ impl Span {
             };
         }
         match scale {
-            Scale::Log if high / low > 10.0 => Self {
+            Scale::Log if high == low => Self {
                 scale,
-                low: 10f64.powf(low.log10().floor()),
-                high: 10f64.powf(high.log10().ceil()),
+                low: low / 2.0,
+                high: high * 2.0,
             },
             Scale::Log => Self {
                 scale,
-                low: low / 1.2,
-                high: high * 1.2,
+                low: round_ratio(low, false),
+                high: round_ratio(high, true),
             },
             Scale::Linear if high == low => {
                 let room = if low == 0.0 { 1.0 } else { 0.1 * low.abs() };
@@ -614,7 +620,7 @@ impl Span {
             }
             Scale::Log => {
                 let decades = (self.high / self.low).log10();
-                let multiples: &[f64] = if decades <= 1.5 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+                let multiples: &[f64] = if decades <= 2.5 { &[1.0, 2.0, 5.0] } else { &[1.0] };
                 let stride = (decades / 7.0).ceil().max(1.0) as i32;
                 let (first, last) = (self.low.log10().floor() as i32, self.high.log10().ceil() as i32);
                 let decades = (first..=last).filter(|e| e.rem_euclid(stride) == 0);
@@ -626,9 +632,27 @@ impl Span {
     }
 }
 
-/// 1, 2 or 5 times a power of ten: the step that gives four to eight ticks.
+/// The nearest of 1, 2 and 5 times a power of ten at or below a positive value, or at or above it.
+fn round_ratio(value: f64, up: bool) -> f64 {
+    let power = 10f64.powf(value.log10().floor());
+    let steps = [1.0, 2.0, 5.0, 10.0].map(|m| m * power);
+    if up {
+        steps
+            .into_iter()
+            .find(|s| *s >= value * (1.0 - 1e-9))
+            .unwrap_or(value)
+    } else {
+        steps
+            .into_iter()
+            .rev()
+            .find(|s| *s <= value * (1.0 + 1e-9))
+            .unwrap_or(value)
+    }
+}
+
+/// 1, 2 or 5 times a power of ten: the step that gives three to seven ticks.
 fn nice_step(range: f64) -> f64 {
-    let rough = range / 5.0;
+    let rough = range / 6.0;
     let power = 10f64.powf(rough.log10().floor());
     let step = [1.0, 2.0, 5.0]
         .into_iter()
@@ -914,9 +938,13 @@ fn thinned(points: &[[f64; 2]]) -> Vec<[f64; 2]> {
 
 /// About how wide a text is, for layout; fonts differ.
 fn text_width(text: &str, size: f64) -> f64 {
-    text.chars()
-        .map(|c| if u32::from(c) >= 0x2e80 { size } else { 0.56 * size })
-        .sum()
+    let ems = |c: char| match c {
+        '%' | 'm' | 'w' | 'M' | 'W' => 0.95,
+        '.' | ',' | 'i' | 'j' | 'l' | 'I' | ' ' => 0.36,
+        c if u32::from(c) >= 0x2e80 => 1.0,
+        _ => 0.62,
+    };
+    text.chars().map(ems).sum::<f64>() * size
 }
 
 fn escaped(text: &str) -> String {
@@ -1036,6 +1064,15 @@ mod tests {
             .map(|t| tick_label(t, &Axis::log("").percent(), &span(1e-4, 1.0, Scale::Log)))
             .collect();
         assert_eq!(decades, ["0.01%", "0.1%", "1%", "10%", "100%"]);
+        let near = |a: f64, b: f64| (a / b - 1.0).abs() < 1e-9;
+        let fitted = |low: f64, high: f64| {
+            let span = Span::new(&Axis::log(""), [low, high].into_iter(), false);
+            (span.low, span.high)
+        };
+        let (low, high) = fitted(1.1, 21.0);
+        assert!(near(low, 1.0) && near(high, 50.0));
+        let (low, high) = fitted(0.01, 0.1);
+        assert!(near(low, 0.01) && near(high, 0.1));
         let label = |value, low, high| tick_label(value, &Axis::linear(""), &span(low, high, Scale::Linear));
         assert_eq!(
             [label(20_000.0, 0.0, 1e5), label(2.5e6, 0.0, 1e7)],
@@ -1049,7 +1086,11 @@ mod tests {
         let mut points: Vec<[f64; 2]> = (0..200_000).map(|i| [f64::from(i), 0.5]).collect();
         points[77_777][1] = 9.0;
         let svg = chart(points).svg();
-        assert!(svg.as_str().len() < 40_000, "{}", svg.as_str().len());
+        let drawn = svg.as_str().matches('L').count();
+        assert!(
+            drawn as f64 <= 4.0 * 2.0 * WIDTH,
+            "{drawn} points on {WIDTH} pixels"
+        );
         let thin = thinned(&[
             [0.0, 1.0],
             [0.1, 5.0],

@@ -40,6 +40,21 @@ pub struct KeyFigure {
     pub detail: String,
 }
 
+impl KeyFigure {
+    /// A share as a percentage, its interval below.
+    pub fn estimate(label: impl Into<String>, estimate: &Estimate) -> Self {
+        let percent = |x: f64| format!("{:.1}", 100.0 * x);
+        let detail = estimate
+            .interval
+            .map(|Interval { low, high }| format!("interval {} to {}", percent(low), percent(high)));
+        Self {
+            value: format!("{}%", percent(estimate.value)),
+            label: label.into(),
+            detail: detail.unwrap_or_default(),
+        }
+    }
+}
+
 /// A part of the page under its own heading.
 #[derive(Clone, Debug, Default)]
 pub struct Section {
@@ -83,12 +98,39 @@ pub enum Block {
 pub struct Table {
     /// Line above it.
     pub caption: String,
-    /// Headings, the first that of the rows' names.
-    pub columns: Vec<String>,
+    /// The columns, the first that of the rows' names.
+    pub columns: Vec<Column>,
     /// The rows.
     pub rows: Vec<Row>,
     /// Small print below it; may be empty.
     pub note: String,
+}
+
+/// A column of a table.
+#[derive(Clone, Debug, Default)]
+pub struct Column {
+    /// Its heading; may be empty.
+    pub title: String,
+    /// Whether it holds words, set from the left, rather than numbers, set from the right.
+    pub words: bool,
+}
+
+impl Column {
+    /// A column of words.
+    pub fn words(title: impl Into<String>) -> Self {
+        Self {
+            title: title.into(),
+            words: true,
+        }
+    }
+
+    /// A column of numbers.
+    pub fn numbers(title: impl Into<String>) -> Self {
+        Self {
+            title: title.into(),
+            words: false,
+        }
+    }
 }
 
 /// A row of a table.
@@ -109,6 +151,12 @@ pub struct Cell {
     pub detail: String,
     /// Whether it stands out.
     pub strong: bool,
+}
+
+impl Table {
+    fn is_words(&self, column: usize) -> bool {
+        self.columns.get(column).is_some_and(|column| column.words)
+    }
 }
 
 impl Cell {
@@ -230,10 +278,10 @@ pub fn comparison_table(models: &[(&str, &Scored)]) -> Result<Table, EvalError> 
             .collect(),
         None => return Ok(Table::default()),
     };
-    let mut columns: Vec<String> = ["", "Accuracy", "With exact thresholds", "AUC", "EER"]
-        .map(str::to_owned)
-        .to_vec();
-    columns.extend(fars.iter().map(|far| format!("TAR at FAR {}%", far * 100.0)));
+    let titles = ["Accuracy", "With exact thresholds", "AUC", "EER"].map(str::to_owned);
+    let at_far = fars.iter().map(|far| format!("TAR at FAR {}%", far * 100.0));
+    let numbers = titles.into_iter().chain(at_far).map(Column::numbers);
+    let columns: Vec<Column> = [Column::words("")].into_iter().chain(numbers).collect();
     let mut rows = Vec::new();
     for (name, scored) in models {
         let result = scored.result();
@@ -257,7 +305,7 @@ pub fn comparison_table(models: &[(&str, &Scored)]) -> Result<Table, EvalError> 
     for (index, (name, scored)) in others.iter().enumerate() {
         let comparison = compare(first, scored)?;
         let mut cells = vec![
-            Cell::new(format!("{first_name} − {name}")).detail("paired, percentage points"),
+            Cell::new(format!("{first_name} −\u{a0}{name}")).detail("paired, in points"),
             Cell::difference(&comparison.accuracy),
             Cell::difference(&comparison.exact_accuracy),
             Cell::difference(&comparison.auc),
@@ -311,7 +359,7 @@ mod tests {
             Block::Note(text.clone()),
             Block::Table(Table {
                 caption: text.clone(),
-                columns: vec![text.clone(); 2],
+                columns: vec![Column::words(text.clone()), Column::numbers(text.clone())],
                 rows: vec![Row { cells, apart: true }],
                 note: text.clone(),
             }),
@@ -443,7 +491,7 @@ mod tests {
                 .iter()
                 .all(|row| row.cells.len() == table.columns.len())
         );
-        assert_eq!(table.rows[3].cells[0].text, "pretrained − from scratch");
+        assert_eq!(table.rows[3].cells[0].text, "pretrained −\u{a0}from scratch");
         assert!(table.rows[3].apart && !table.rows[4].apart);
         assert!(comparison_table(&[]).unwrap().rows.is_empty());
     }

@@ -8,7 +8,8 @@
 //! Beside it stands what the procedure lacks: thresholds that are not on a grid, rates that need no threshold, and
 //! intervals over people (see [`bootstrap`](crate::bootstrap)). The accuracy of a bootstrap draw is that of the
 //! whole procedure on the weighted pairs: per fold the best threshold of the weighted training pairs, the weighted
-//! accuracy on the held-out pairs, and the plain mean over the folds that have weight left.
+//! accuracy on the held-out pairs, and the plain mean over the folds that have weight left. With PCA, the
+//! projections stay those fitted to the unweighted pairs.
 
 use std::ops::Range;
 use std::sync::Arc;
