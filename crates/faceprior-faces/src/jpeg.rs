@@ -1,0 +1,909 @@
+//! JPEG decoding, bit for bit as libjpeg-turbo does it with its defaults (and Pillow and OpenCV through it).
+//!
+//! The JPEG standard leaves the inverse transform's rounding and the upsampling of colour open, and decoders differ by a
+//! few levels of 255. MTCNN amplifies that: landmarks of small faces move by pixels. Crops are compared with those of
+//! systems that read through libjpeg-turbo, hence this decoder: the accurate integer transform of `jidctint.c`, the
+//! triangle ("fancy") upsampling of `jdsample.c` and the 16-bit fixed-point colours of `jdcolor.c`.
+//!
+//! Baseline and progressive Huffman JPEG of 8 bits with one or three components, which is to say nearly every
+//! photograph. Anything else, and any file that is broken, is left to `faceprior_data`, whose errors name what is wrong.
+
+use std::path::Path;
+
+use faceprior_data::{DataError, DecodeLimits, Image};
+
+/// Reads a picture as [`Image::decode_within`] does, but a JPEG with the pixels that libjpeg-turbo would give.
+///
+/// # Errors
+/// Those of [`Image::decode_within`], and [`DataError::Io`].
+pub fn read_image(path: &Path, limits: DecodeLimits) -> Result<Image, DataError> {
+    let io = |source| DataError::Io { action: "read", path: path.to_owned(), source };
+    let bytes = std::fs::read(path).map_err(io)?;
+    match decode(&bytes, limits) {
+        Some(image) => Ok(image),
+        None => Image::decode_within(&bytes, path, limits),
+    }
+}
+
+/// Decodes a picture, or answers `None` for what this decoder leaves to the general one.
+fn decode(bytes: &[u8], limits: DecodeLimits) -> Option<Image> {
+    let mut decoder = Decoder { data: bytes, at: 0, ..Decoder::default() };
+    decoder.read(limits)?;
+    decoder.finish()
+}
+
+/// Place of the k-th coefficient of the file in the 8×8 block; the tail catches runs that lead out of it.
+const ZIGZAG: [u8; 80] = [
+    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7, 14, 21, 28,
+    35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47,
+    55, 62, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63,
+];
+
+type Block = [i16; 64];
+
+#[derive(Default)]
+struct Decoder<'a> {
+    data: &'a [u8],
+    at: usize,
+    width: usize,
+    height: usize,
+    progressive: bool,
+    components: Vec<Component>,
+    /// Largest sampling factors.
+    h_max: usize,
+    v_max: usize,
+    quantisers: [Option<[u16; 64]>; 4],
+    dc_tables: [Option<Box<Huffman>>; 4],
+    ac_tables: [Option<Box<Huffman>>; 4],
+    restart_interval: usize,
+    jfif: bool,
+    adobe_transform: Option<u8>,
+    complete: bool,
+}
+
+#[derive(Default)]
+struct Component {
+    id: u8,
+    h: usize,
+    v: usize,
+    quantiser: usize,
+    /// Size in samples: what the picture's size comes to at this sampling.
+    width: usize,
+    height: usize,
+    /// Blocks in a row and in a column, filled up to whole minimum coded units.
+    blocks_wide: usize,
+    blocks_high: usize,
+    /// `[blocks_high·8, blocks_wide·8]`.
+    samples: Vec<u8>,
+    /// Progressive only.
+    coefficients: Vec<Block>,
+    dc_predictor: i32,
+    seen: bool,
+}
+
+/// A component in a scan.
+struct ScanComponent {
+    index: usize,
+    dc_table: usize,
+    ac_table: usize,
+}
+
+struct Scan {
+    components: Vec<ScanComponent>,
+    start: usize,
+    end: usize,
+    high: u32,
+    low: u32,
+}
+
+impl Decoder<'_> {
+    fn byte(&mut self) -> Option<u8> {
+        let byte = *self.data.get(self.at)?;
+        self.at += 1;
+        Some(byte)
+    }
+
+    /// The next segment's body.
+    fn segment(&mut self) -> Option<std::ops::Range<usize>> {
+        let length = usize::from(u16::from_be_bytes([self.byte()?, self.byte()?]));
+        let body = self.at..self.at + length.checked_sub(2)?;
+        self.data.get(body.clone())?;
+        self.at = body.end;
+        Some(body)
+    }
+
+    fn marker(&mut self) -> Option<u8> {
+        loop {
+            while self.byte()? != 0xFF {}
+            let mut code = self.byte()?;
+            while code == 0xFF {
+                code = self.byte()?;
+            }
+            if code != 0 {
+                return Some(code);
+            }
+        }
+    }
+
+    /// Reads markers and scans up to the end of the picture.
+    fn read(&mut self, limits: DecodeLimits) -> Option<()> {
+        if self.data.get(..2)? != [0xFF, 0xD8] {
+            return None;
+        }
+        self.at = 2;
+        loop {
+            match self.marker()? {
+                0xD9 => {
+                    self.complete = true;
+                    return Some(());
+                }
+                code @ (0xC0..=0xC2) => {
+                    self.progressive = code == 0xC2;
+                    let body = self.segment()?;
+                    self.frame(body, limits)?;
+                }
+                0xC4 => {
+                    let body = self.segment()?;
+                    self.huffman_tables(body)?;
+                }
+                // Lossless, hierarchical or arithmetic coding; a height that is told later.
+                0xC3 | 0xC5..=0xCF | 0xDC => return None,
+                0xDB => {
+                    let body = self.segment()?;
+                    self.quantisation_tables(body)?;
+                }
+                0xDD => {
+                    let body = self.segment()?;
+                    let body = self.data.get(body)?;
+                    self.restart_interval = usize::from(u16::from_be_bytes([*body.first()?, *body.get(1)?]));
+                }
+                0xDA => {
+                    let body = self.segment()?;
+                    self.scan(body)?;
+                }
+                code @ 0xE0..=0xEF => {
+                    let body = self.segment()?;
+                    self.application(code, body)?;
+                }
+                0x01 | 0xD0..=0xD8 => {}
+                _ => {
+                    self.segment()?;
+                }
+            }
+        }
+    }
+
+    fn application(&mut self, code: u8, body: std::ops::Range<usize>) -> Option<()> {
+        let body = &self.data[body];
+        match code {
+            0xE0 if body.starts_with(b"JFIF\0") => self.jfif = true,
+            0xE1 if body.starts_with(b"Exif\0\0") && is_turned(&body[6..]) => return None,
+            0xEE if body.starts_with(b"Adobe") => self.adobe_transform = body.get(11).copied(),
+            _ => {}
+        }
+        Some(())
+    }
+
+    fn frame(&mut self, body: std::ops::Range<usize>, limits: DecodeLimits) -> Option<()> {
+        let &[8, h1, h0, w1, w0, count, ref rest @ ..] = self.data.get(body)? else { return None };
+        (self.height, self.width) =
+            (usize::from(u16::from_be_bytes([h1, h0])), usize::from(u16::from_be_bytes([w1, w0])));
+        let fits = self.width * self.height <= limits.max_pixels && self.width * self.height > 0;
+        if !fits || !self.components.is_empty() || !(count == 1 || count == 3) {
+            return None;
+        }
+        for part in rest.chunks_exact(3).take(usize::from(count)) {
+            let &[id, sampling, quantiser] = part else { return None };
+            let (h, v) = (usize::from(sampling >> 4), usize::from(sampling & 15));
+            if quantiser > 3 || !(1..=2).contains(&h) || !(1..=2).contains(&v) {
+                return None;
+            }
+            let quantiser = usize::from(quantiser);
+            self.components.push(Component { id, h, v, quantiser, ..Component::default() });
+        }
+        if self.components.len() != usize::from(count) {
+            return None;
+        }
+        if let [single] = self.components.as_mut_slice() {
+            // With one component, its sampling factors mean nothing.
+            (single.h, single.v) = (1, 1);
+        }
+        self.h_max = self.components.iter().map(|component| component.h).max()?;
+        self.v_max = self.components.iter().map(|component| component.v).max()?;
+        // First component at full resolution, the others alike: what the upsampling below covers.
+        let [first, others @ ..] = self.components.as_slice() else { return None };
+        let alike = others.iter().all(|other| (other.h, other.v) == (others[0].h, others[0].v));
+        if (first.h, first.v) != (self.h_max, self.v_max) || !alike {
+            return None;
+        }
+        let units_wide = self.width.div_ceil(8 * self.h_max);
+        let units_high = self.height.div_ceil(8 * self.v_max);
+        for component in &mut self.components {
+            component.width = (self.width * component.h).div_ceil(self.h_max);
+            component.height = (self.height * component.v).div_ceil(self.v_max);
+            component.blocks_wide = units_wide * component.h;
+            component.blocks_high = units_high * component.v;
+            let blocks = component.blocks_wide * component.blocks_high;
+            component.samples = vec![0; blocks * 64];
+            if self.progressive {
+                component.coefficients = vec![[0; 64]; blocks];
+            }
+        }
+        Some(())
+    }
+
+    fn quantisation_tables(&mut self, body: std::ops::Range<usize>) -> Option<()> {
+        let mut body = self.data.get(body)?;
+        while let Some((&kind, rest)) = body.split_first() {
+            let wide = kind >> 4 != 0;
+            let (values, rest) = rest.split_at_checked(if wide { 128 } else { 64 })?;
+            let table = self.quantisers.get_mut(usize::from(kind & 15))?.insert([0; 64]);
+            for (k, &place) in ZIGZAG[..64].iter().enumerate() {
+                table[usize::from(place)] = if wide {
+                    u16::from_be_bytes([values[2 * k], values[2 * k + 1]])
+                } else {
+                    u16::from(values[k])
+                };
+            }
+            body = rest;
+        }
+        Some(())
+    }
+
+    fn huffman_tables(&mut self, body: std::ops::Range<usize>) -> Option<()> {
+        let mut body = self.data.get(body)?;
+        while let Some((&kind, rest)) = body.split_first() {
+            let (counts, rest) = rest.split_at_checked(16)?;
+            let total: usize = counts.iter().map(|&count| usize::from(count)).sum();
+            let (symbols, rest) = rest.split_at_checked(total)?;
+            let tables = if kind >> 4 == 0 { &mut self.dc_tables } else { &mut self.ac_tables };
+            *tables.get_mut(usize::from(kind & 15))? = Some(Box::new(Huffman::new(counts, symbols)?));
+            body = rest;
+        }
+        Some(())
+    }
+
+    fn scan(&mut self, body: std::ops::Range<usize>) -> Option<()> {
+        let (&count, rest) = self.data.get(body)?.split_first()?;
+        let (parts, rest) = rest.split_at_checked(2 * usize::from(count))?;
+        let &[start, end, approximation, ..] = rest else { return None };
+        let mut components = Vec::new();
+        for part in parts.chunks_exact(2) {
+            let index = self.components.iter().position(|component| component.id == part[0])?;
+            if components.iter().any(|other: &ScanComponent| other.index == index) {
+                return None;
+            }
+            let (dc_table, ac_table) = (usize::from(part[1] >> 4), usize::from(part[1] & 15));
+            if dc_table > 3 || ac_table > 3 {
+                return None;
+            }
+            components.push(ScanComponent { index, dc_table, ac_table });
+        }
+        let scan = Scan {
+            components,
+            start: usize::from(start),
+            end: usize::from(end),
+            high: u32::from(approximation >> 4),
+            low: u32::from(approximation & 15),
+        };
+        if scan.components.is_empty() || scan.end > 63 || scan.low > 13 {
+            return None;
+        }
+        if self.progressive {
+            let dc = scan.start == 0 && scan.end == 0;
+            let ac = scan.start > 0 && scan.end >= scan.start && scan.components.len() == 1;
+            if !(dc || ac) {
+                return None;
+            }
+        }
+        // Tables that are needed are taken out for the time of the scan, so that decoding can change the rest.
+        let (dc_tables, ac_tables) = (std::mem::take(&mut self.dc_tables), std::mem::take(&mut self.ac_tables));
+        let result = self.entropy_coded(&scan, &dc_tables, &ac_tables);
+        (self.dc_tables, self.ac_tables) = (dc_tables, ac_tables);
+        result
+    }
+
+    fn entropy_coded(
+        &mut self,
+        scan: &Scan,
+        dc_tables: &[Option<Box<Huffman>>; 4],
+        ac_tables: &[Option<Box<Huffman>>; 4],
+    ) -> Option<()> {
+        let mut bits = Bits::new(self.data, self.at);
+        let mut end_of_band = 0;
+        // A scan of one component has one block in a unit, and none of the filled-up ones.
+        let alone = scan.components.len() == 1;
+        let (units_wide, units_high) = if alone {
+            let component = &self.components[scan.components[0].index];
+            (component.width.div_ceil(8), component.height.div_ceil(8))
+        } else {
+            (self.width.div_ceil(8 * self.h_max), self.height.div_ceil(8 * self.v_max))
+        };
+        let mut until_restart = self.restart_interval;
+        self.components.iter_mut().for_each(|component| component.dc_predictor = 0);
+        for unit in 0..units_wide * units_high {
+            if self.restart_interval > 0 && until_restart == 0 {
+                bits.restart()?;
+                end_of_band = 0;
+                until_restart = self.restart_interval;
+                self.components.iter_mut().for_each(|component| component.dc_predictor = 0);
+            }
+            until_restart = until_restart.wrapping_sub(1);
+            let (unit_x, unit_y) = (unit % units_wide, unit / units_wide);
+            for part in &scan.components {
+                let component = &mut self.components[part.index];
+                let (h, v) = if alone { (1, 1) } else { (component.h, component.v) };
+                for inner in 0..h * v {
+                    let (x, y) = (unit_x * h + inner % h, unit_y * v + inner / h);
+                    let dc = dc_tables[part.dc_table].as_deref();
+                    let ac = ac_tables[part.ac_table].as_deref();
+                    if self.progressive {
+                        let block = &mut component.coefficients[y * component.blocks_wide + x];
+                        match (scan.start, scan.high) {
+                            (0, 0) => {
+                                component.dc_predictor =
+                                    component.dc_predictor.wrapping_add(bits.difference(dc?)?);
+                                block[0] = (component.dc_predictor << scan.low) as i16;
+                            }
+                            (0, _) => block[0] |= (bits.take(1) << scan.low) as i16,
+                            (_, 0) => bits.first_band(ac?, scan, block, &mut end_of_band)?,
+                            _ => bits.refine_band(ac?, scan, block, &mut end_of_band)?,
+                        }
+                    } else {
+                        let mut block = [0; 64];
+                        component.dc_predictor = component.dc_predictor.wrapping_add(bits.difference(dc?)?);
+                        block[0] = component.dc_predictor as i16;
+                        let last = bits.coefficients(ac?, &mut block)?;
+                        let quantiser = self.quantisers[component.quantiser].as_ref()?;
+                        component.put(x, y, &block, quantiser, last);
+                    }
+                }
+                component.seen = true;
+            }
+        }
+        if bits.overran() {
+            return None;
+        }
+        self.at = bits.position();
+        Some(())
+    }
+
+    /// Transforms what a progressive picture has gathered, then joins the components to colours.
+    fn finish(mut self) -> Option<Image> {
+        if !self.complete || self.components.is_empty() || !self.components.iter().all(|component| component.seen) {
+            return None;
+        }
+        if self.progressive {
+            for component in &mut self.components {
+                let quantiser = self.quantisers[component.quantiser].as_ref()?;
+                let coefficients = std::mem::take(&mut component.coefficients);
+                for (i, block) in coefficients.iter().enumerate() {
+                    let (x, y) = (i % component.blocks_wide, i / component.blocks_wide);
+                    component.put(x, y, block, quantiser, 63);
+                }
+            }
+        }
+        let mut pixels = vec![0; self.width * self.height * 3];
+        match self.components.as_slice() {
+            [grey] => {
+                for (y, row) in pixels.chunks_exact_mut(self.width * 3).enumerate() {
+                    for (pixel, &value) in row.chunks_exact_mut(3).zip(grey.row(y)) {
+                        pixel.fill(value);
+                    }
+                }
+            }
+            [first, second, third] => {
+                let rgb = match (self.jfif, self.adobe_transform) {
+                    (true, _) => false,
+                    (false, Some(transform)) => transform == 0,
+                    (false, None) => [first.id, second.id, third.id] == *b"RGB",
+                };
+                let (h, v) = (self.h_max / second.h, self.v_max / second.v);
+                let mut rows = [vec![0; self.width + 2], vec![0; self.width + 2]];
+                let mut sums = vec![0; second.width];
+                for (y, row) in pixels.chunks_exact_mut(self.width * 3).enumerate() {
+                    for (component, row) in [second, third].into_iter().zip(&mut rows) {
+                        component.upsample(y, h, v, &mut sums, row);
+                    }
+                    let [second, third] = &rows;
+                    if rgb {
+                        for (i, pixel) in row.chunks_exact_mut(3).enumerate() {
+                            pixel.copy_from_slice(&[first.row(y)[i], second[i], third[i]]);
+                        }
+                    } else {
+                        to_rgb(first.row(y), second, third, row);
+                    }
+                }
+            }
+            _ => return None,
+        }
+        Some(Image::new(self.width, self.height, pixels))
+    }
+}
+
+impl Component {
+    fn row(&self, y: usize) -> &[u8] {
+        &self.samples[y * self.blocks_wide * 8..][..self.width]
+    }
+
+    /// Transforms a block into its place; coefficients behind `last` (in the file's order) are 0.
+    fn put(&mut self, x: usize, y: usize, block: &Block, quantiser: &[u16; 64], last: usize) {
+        let stride = self.blocks_wide * 8;
+        let to = &mut self.samples[y * 8 * stride + x * 8..];
+        if last == 0 {
+            let value = (i32::from(block[0]) * i32::from(quantiser[0]) * 4 + 16) >> 5;
+            let value = (value + 128).clamp(0, 255) as u8;
+            for row in 0..8 {
+                to[row * stride..][..8].fill(value);
+            }
+        } else {
+            transform(block, quantiser, to, stride);
+        }
+    }
+
+    /// Row `y` of the picture from this component's rows, `h` times wider and `v` times higher, by triangle filters.
+    fn upsample(&self, y: usize, h: usize, v: usize, sums: &mut [i32], out: &mut [u8]) {
+        let near = self.row(y / v);
+        if v == 1 {
+            match h {
+                1 => out[..near.len()].copy_from_slice(near),
+                _ if near.len() > 2 => widen(near, |sample| i32::from(sample), 2, [1, 2], out),
+                _ => repeat(near, out),
+            }
+            return;
+        }
+        if h == 2 && near.len() <= 2 {
+            return repeat(near, out);
+        }
+        // The neighbour on the side where this half of the sample's square lies; the edge repeats itself.
+        let far = if y % 2 == 0 { (y / 2).saturating_sub(1) } else { (y / 2 + 1).min(self.height - 1) };
+        for ((sum, &near), &far) in sums.iter_mut().zip(near).zip(self.row(far)) {
+            *sum = 3 * i32::from(near) + i32::from(far);
+        }
+        if h == 1 {
+            let bias = if y % 2 == 0 { 1 } else { 2 };
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = ((*sum + bias) >> 2) as u8;
+            }
+        } else {
+            widen(sums, |sum| sum, 4, [8, 7], out);
+        }
+    }
+}
+
+/// Twice as many samples, each a quarter of its farther neighbour and three of its nearer; `bits` to shift, and what is
+/// added before on the left and on the right (the two differ, so that rounding has no bias).
+#[inline(always)]
+fn widen<T: Copy>(samples: &[T], value: impl Fn(T) -> i32, bits: u32, [left, right]: [i32; 2], out: &mut [u8]) {
+    let (first, last) = (value(samples[0]), value(samples[samples.len() - 1]));
+    for (pair, window) in out[1..].chunks_exact_mut(2).zip(samples.windows(2)) {
+        let (a, b) = (value(window[0]), value(window[1]));
+        pair[0] = ((3 * a + b + right) >> bits) as u8;
+        pair[1] = ((3 * b + a + left) >> bits) as u8;
+    }
+    out[0] = ((4 * first + left) >> bits) as u8;
+    out[2 * samples.len() - 1] = ((4 * last + right) >> bits) as u8;
+}
+
+fn repeat(samples: &[u8], out: &mut [u8]) {
+    for (pair, &sample) in out.chunks_mut(2).zip(samples) {
+        pair.fill(sample);
+    }
+}
+
+/// BT.601 in full range, in 16-bit fixed point.
+fn to_rgb(y: &[u8], cb: &[u8], cr: &[u8], out: &mut [u8]) {
+    const HALF: i32 = 1 << 15;
+    for (((pixel, &y), &cb), &cr) in out.chunks_exact_mut(3).zip(y).zip(cb).zip(cr) {
+        let (y, cb, cr) = (i32::from(y), i32::from(cb) - 128, i32::from(cr) - 128);
+        let red = y + ((91881 * cr + HALF) >> 16);
+        let green = y + ((-22554 * cb - 46802 * cr + HALF) >> 16);
+        let blue = y + ((116130 * cb + HALF) >> 16);
+        pixel.copy_from_slice(&[red, green, blue].map(|value| value.clamp(0, 255) as u8));
+    }
+}
+
+/// Whether EXIF data ask for the picture to be turned or mirrored.
+fn is_turned(tiff: &[u8]) -> bool {
+    let big = match tiff.get(..4) {
+        Some(b"II*\0") => false,
+        Some(b"MM\0*") => true,
+        _ => return false,
+    };
+    let u16_at = |at: usize| {
+        let bytes: [u8; 2] = tiff.get(at..at + 2)?.try_into().ok()?;
+        Some(if big { u16::from_be_bytes(bytes) } else { u16::from_le_bytes(bytes) })
+    };
+    let u32_at = |at: usize| {
+        let bytes: [u8; 4] = tiff.get(at..at + 4)?.try_into().ok()?;
+        Some(if big { u32::from_be_bytes(bytes) } else { u32::from_le_bytes(bytes) } as usize)
+    };
+    let orientation = || {
+        let directory = u32_at(4)?;
+        let entries = usize::from(u16_at(directory)?);
+        let entry = (0..entries).map(|i| directory + 2 + 12 * i).find(|&at| u16_at(at) == Some(0x0112))?;
+        u16_at(entry + 8)
+    };
+    orientation().is_some_and(|orientation| orientation != 1)
+}
+
+/// A Huffman table: short codes by lookup, long ones by length.
+struct Huffman {
+    /// Length and symbol of the code that the index starts with; length 0 if it is longer.
+    short: [(u8, u8); 1 << Self::SHORT],
+    /// One more than the largest code of a length, left-aligned in 16 bits.
+    limit: [u32; 17],
+    /// What leads from a code of a length to its symbol's place.
+    offset: [i32; 17],
+    symbols: Vec<u8>,
+}
+
+impl Huffman {
+    const SHORT: u32 = 9;
+
+    fn new(counts: &[u8], symbols: &[u8]) -> Option<Self> {
+        let mut table = Self {
+            short: [(0, 0); 1 << Self::SHORT],
+            limit: [0; 17],
+            offset: [0; 17],
+            symbols: symbols.to_vec(),
+        };
+        let (mut code, mut place) = (0u32, 0usize);
+        for length in 1..=16u32 {
+            let count = usize::from(counts[length as usize - 1]);
+            table.offset[length as usize] = place as i32 - code as i32;
+            for &symbol in &symbols[place..place + count] {
+                if code >= 1 << length {
+                    return None;
+                }
+                if length <= Self::SHORT {
+                    let free = Self::SHORT - length;
+                    table.short[(code << free) as usize..((code + 1) << free) as usize].fill((length as u8, symbol));
+                }
+                code += 1;
+            }
+            place += count;
+            table.limit[length as usize] = code << (16 - length);
+            code <<= 1;
+        }
+        Some(table)
+    }
+}
+
+/// Bits of an entropy-coded segment, the first in the highest place; zeros behind its end.
+struct Bits<'a> {
+    data: &'a [u8],
+    at: usize,
+    bits: u64,
+    count: u32,
+    /// How many of `count` are not of the file.
+    padding: u32,
+}
+
+impl<'a> Bits<'a> {
+    fn new(data: &'a [u8], at: usize) -> Self {
+        Self { data, at, bits: 0, count: 0, padding: 0 }
+    }
+
+    /// At least 32 bits ahead.
+    #[inline(always)]
+    fn refill(&mut self) {
+        if self.count < 32 {
+            self.refill_bytes();
+        }
+    }
+
+    fn refill_bytes(&mut self) {
+        while self.count <= 56 {
+            let byte = match self.data.get(self.at) {
+                Some(0xFF) if self.data.get(self.at + 1) == Some(&0) => {
+                    self.at += 2;
+                    0xFF
+                }
+                Some(&byte) if byte != 0xFF => {
+                    self.at += 1;
+                    byte
+                }
+                // A marker or the end of the file.
+                _ => {
+                    self.padding += 8;
+                    0
+                }
+            };
+            self.bits |= u64::from(byte) << (56 - self.count);
+            self.count += 8;
+        }
+    }
+
+    /// Whether bits were taken that the file does not have.
+    fn overran(&self) -> bool {
+        self.count < self.padding
+    }
+
+    /// Where the next marker is.
+    fn position(&self) -> usize {
+        self.at
+    }
+
+    #[inline(always)]
+    fn skip(&mut self, count: u32) {
+        self.bits <<= count;
+        self.count -= count;
+    }
+
+    /// The next bits as a number; at most 16, after a refill of which at most 16 were taken.
+    #[inline(always)]
+    fn ahead(&mut self, count: u32) -> u32 {
+        let value = ((self.bits >> 1) >> (63 - count)) as u32;
+        self.skip(count);
+        value
+    }
+
+    /// The next bits as a number; at most 16.
+    fn take(&mut self, count: u32) -> u32 {
+        self.refill();
+        self.ahead(count)
+    }
+
+    /// A Huffman symbol; 16 bits are still ahead afterwards.
+    #[inline(always)]
+    fn symbol(&mut self, table: &Huffman) -> Option<u8> {
+        self.refill();
+        let (length, symbol) = table.short[(self.bits >> (64 - Huffman::SHORT)) as usize];
+        if length != 0 {
+            self.skip(u32::from(length));
+            return Some(symbol);
+        }
+        let code = (self.bits >> 48) as u32;
+        let length = (Huffman::SHORT + 1..=16).find(|&length| code < table.limit[length as usize])?;
+        self.skip(length);
+        let place = (code >> (16 - length)) as i32 + table.offset[length as usize];
+        table.symbols.get(usize::try_from(place).ok()?).copied()
+    }
+
+    /// A number of `size` bits, the lower half of which stand for negative numbers.
+    #[inline(always)]
+    fn signed(&mut self, size: u32) -> i32 {
+        if size == 0 {
+            return 0;
+        }
+        let value = self.ahead(size) as i32;
+        if value < 1 << (size - 1) { value - (1 << size) + 1 } else { value }
+    }
+
+    fn difference(&mut self, table: &Huffman) -> Option<i32> {
+        let size = u32::from(self.symbol(table)?);
+        (size <= 15).then(|| self.signed(size))
+    }
+
+    /// All AC coefficients of a block; answers the place of the last that is not 0, in the file's order.
+    fn coefficients(&mut self, table: &Huffman, block: &mut Block) -> Option<usize> {
+        let (mut k, mut last) = (1, 0);
+        while k < 64 {
+            let symbol = self.symbol(table)?;
+            let (run, size) = (usize::from(symbol >> 4), u32::from(symbol & 15));
+            if size == 0 {
+                if run != 15 {
+                    break;
+                }
+                k += 16;
+                continue;
+            }
+            k += run;
+            block[usize::from(ZIGZAG[k])] = self.signed(size) as i16;
+            last = k;
+            k += 1;
+        }
+        Some(last)
+    }
+
+    /// First scan of a band of AC coefficients.
+    fn first_band(&mut self, table: &Huffman, scan: &Scan, block: &mut Block, end_of_band: &mut u32) -> Option<()> {
+        if *end_of_band > 0 {
+            *end_of_band -= 1;
+            return Some(());
+        }
+        let mut k = scan.start;
+        while k <= scan.end {
+            let symbol = self.symbol(table)?;
+            let (run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
+            if size == 0 {
+                if run < 15 {
+                    *end_of_band = (1 << run) - 1 + self.ahead(run);
+                    break;
+                }
+                k += 16;
+                continue;
+            }
+            k += run as usize;
+            block[usize::from(ZIGZAG[k])] = (self.signed(size) << scan.low) as i16;
+            k += 1;
+        }
+        Some(())
+    }
+
+    /// A later scan: one more bit for coefficients that are not 0, and new ones of one bit.
+    fn refine_band(&mut self, table: &Huffman, scan: &Scan, block: &mut Block, end_of_band: &mut u32) -> Option<()> {
+        let bit = 1i16 << scan.low;
+        let refine = |bits: &mut Self, value: &mut i16| {
+            if bits.take(1) == 1 && *value & bit == 0 {
+                *value += if *value > 0 { bit } else { -bit };
+            }
+        };
+        let mut k = scan.start;
+        if *end_of_band == 0 {
+            while k <= scan.end {
+                let symbol = self.symbol(table)?;
+                let (mut run, size) = (u32::from(symbol >> 4), symbol & 15);
+                let mut new = 0;
+                match size {
+                    0 if run < 15 => {
+                        *end_of_band = (1 << run) + self.ahead(run);
+                        break;
+                    }
+                    0 => {}
+                    1 => new = if self.ahead(1) == 1 { bit } else { -bit },
+                    _ => return None,
+                }
+                while k <= scan.end {
+                    let value = &mut block[usize::from(ZIGZAG[k])];
+                    k += 1;
+                    if *value != 0 {
+                        refine(self, value);
+                    } else if run == 0 {
+                        *value = new;
+                        break;
+                    } else {
+                        run -= 1;
+                    }
+                }
+            }
+        }
+        if *end_of_band > 0 {
+            for &place in &ZIGZAG[k..scan.end + 1] {
+                let value = &mut block[usize::from(place)];
+                if *value != 0 {
+                    refine(self, value);
+                }
+            }
+            *end_of_band -= 1;
+        }
+        Some(())
+    }
+
+    /// Goes on behind the restart marker, which has to be next.
+    fn restart(&mut self) -> Option<()> {
+        if self.overran() {
+            return None;
+        }
+        while self.data.get(self.at) == Some(&0xFF) && self.data.get(self.at + 1) == Some(&0xFF) {
+            self.at += 1;
+        }
+        let (0xFF, 0xD0..=0xD7) = (*self.data.get(self.at)?, *self.data.get(self.at + 1)?) else { return None };
+        *self = Self::new(self.data, self.at + 2);
+        Some(())
+    }
+}
+
+/// Inverse transform of a block into eight rows of samples.
+fn transform(block: &Block, quantiser: &[u16; 64], to: &mut [u8], stride: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn wide(block: &Block, quantiser: &[u16; 64], to: &mut [u8], stride: usize) {
+            transform_lanes(block, quantiser, to, stride);
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the machine has the instructions.
+            return unsafe { wide(block, quantiser, to, stride) };
+        }
+    }
+    transform_lanes(block, quantiser, to, stride);
+}
+
+/// Eight columns side by side.
+type Lanes = [i32; 8];
+
+#[inline(always)]
+fn transform_lanes(block: &Block, quantiser: &[u16; 64], to: &mut [u8], stride: usize) {
+    let mut rows: [Lanes; 8] = std::array::from_fn(|y| {
+        std::array::from_fn(|x| i32::from(block[y * 8 + x]).wrapping_mul(i32::from(quantiser[y * 8 + x])))
+    });
+    // Columns with two bits more, then rows: 13 bits of the factors, 2 of the first pass, 3 of the transform's scale.
+    pass::<11>(&mut rows);
+    rows = std::array::from_fn(|y| std::array::from_fn(|x| rows[x][y]));
+    pass::<18>(&mut rows);
+    for y in 0..8 {
+        let out = &mut to[y * stride..][..8];
+        for x in 0..8 {
+            out[x] = rows[x][y].wrapping_add(128).clamp(0, 255) as u8;
+        }
+    }
+}
+
+/// The one-dimensional transform of Loeffler, Ligtenberg and Moschytz (1989), as `jidctint.c` rounds it.
+#[inline(always)]
+fn pass<const SHIFT: u32>(rows: &mut [Lanes; 8]) {
+    let add = |a: Lanes, b: Lanes| -> Lanes { std::array::from_fn(|i| a[i].wrapping_add(b[i])) };
+    let sub = |a: Lanes, b: Lanes| -> Lanes { std::array::from_fn(|i| a[i].wrapping_sub(b[i])) };
+    let times = |a: Lanes, factor: i32| -> Lanes { std::array::from_fn(|i| a[i].wrapping_mul(factor)) };
+    let round = |a: Lanes| -> Lanes { std::array::from_fn(|i| a[i].wrapping_add(1 << (SHIFT - 1)) >> SHIFT) };
+    let [x0, x1, x2, x3, x4, x5, x6, x7] = *rows;
+
+    let shared = times(add(x2, x6), 4433);
+    let (even2, even3) = (add(shared, times(x6, -15137)), add(shared, times(x2, 6270)));
+    let (even0, even1) = (times(add(x0, x4), 1 << 13), times(sub(x0, x4), 1 << 13));
+    let (a0, a3) = (add(even0, even3), sub(even0, even3));
+    let (a1, a2) = (add(even1, even2), sub(even1, even2));
+
+    let shared = times(add(add(x7, x3), add(x5, x1)), 9633);
+    let z1 = times(add(x7, x1), -7373);
+    let z2 = times(add(x5, x3), -20995);
+    let z3 = add(times(add(x7, x3), -16069), shared);
+    let z4 = add(times(add(x5, x1), -3196), shared);
+    let b0 = add(times(x7, 2446), add(z1, z3));
+    let b1 = add(times(x5, 16819), add(z2, z4));
+    let b2 = add(times(x3, 25172), add(z2, z3));
+    let b3 = add(times(x1, 12299), add(z1, z4));
+
+    *rows = [
+        round(add(a0, b3)),
+        round(add(a1, b2)),
+        round(add(a2, b1)),
+        round(add(a3, b0)),
+        round(sub(a3, b0)),
+        round(sub(a2, b1)),
+        round(sub(a1, b2)),
+        round(sub(a0, b3)),
+    ];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder() -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/jpeg")
+    }
+
+    /// The PNGs hold what Pillow, that is libjpeg-turbo, decodes.
+    #[test]
+    fn equals_libjpeg_turbo() {
+        let mut compared = 0;
+        for entry in std::fs::read_dir(folder()).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|e| e == "jpg") {
+                let image = decode(&std::fs::read(&path).unwrap(), DecodeLimits::default());
+                let expected = Image::read(path.with_extension("png")).unwrap();
+                assert!(image.as_ref() == Some(&expected), "{path:?}");
+                compared += 1;
+            }
+        }
+        assert_eq!(compared, 12);
+    }
+
+    #[test]
+    fn leaves_what_is_broken_to_the_general_decoder() {
+        let bytes = std::fs::read(folder().join("420.jpg")).unwrap();
+        for end in (0..bytes.len()).step_by(7) {
+            assert!(decode(&bytes[..end], DecodeLimits::default()).is_none(), "cut to {end}");
+        }
+        assert!(decode(&bytes, DecodeLimits { max_pixels: 100 }).is_none());
+        assert!(decode(b"\x89PNG", DecodeLimits::default()).is_none());
+    }
+
+    #[test]
+    fn survives_any_damage() {
+        for name in ["420.jpg", "progressive.jpg", "restart.jpg"] {
+            let bytes = std::fs::read(folder().join(name)).unwrap();
+            for seed in 0..400usize {
+                let mut damaged = bytes.clone();
+                for k in 0..3 {
+                    let at = (seed * 7919 + k * 104_729) % damaged.len();
+                    damaged[at] = damaged[at].wrapping_add((seed * 31 + k * 17) as u8);
+                }
+                let _ = decode(&damaged, DecodeLimits { max_pixels: 1_000_000 });
+            }
+        }
+    }
+}
