@@ -24,7 +24,7 @@ use crate::EvalError;
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Bootstrap {
-    /// Number of draws.
+    /// Number of draws; 0 for no intervals.
     pub draws: usize,
     /// Seed; draw i depends on (seed, i) alone.
     pub seed: u64,
@@ -195,14 +195,6 @@ impl Bootstrap {
         people: &[[u32; 2]],
         statistics: impl Fn(&[f64]) -> Vec<f64> + Sync,
     ) -> Result<Vec<Distribution>, EvalError> {
-        if self.draws == 0 {
-            let expected = "at least 1 draw";
-            return Err(EvalError::BadSetting {
-                name: "bootstrap.draws",
-                value: 0.0,
-                expected,
-            });
-        }
         if !(self.level > 0.0 && self.level < 1.0) {
             let expected = "a share between 0 and 1";
             return Err(EvalError::BadSetting {
@@ -226,6 +218,8 @@ impl Bootstrap {
                 },
             )
             .collect();
+        // Counted on the pairs as they are, for there may be no draw to count in.
+        let count_of_statistics = statistics(&vec![1.0; people.len()]).len();
         // One person always weighs 1: every draw is the sample itself, and the interval would have no width.
         let usable = count >= 2;
         let of = |index: usize| {
@@ -234,7 +228,7 @@ impl Bootstrap {
                 .map(|draw| if usable { draw[index] } else { f64::NAN })
                 .collect()
         };
-        Ok((0..draws[0].len())
+        Ok((0..count_of_statistics)
             .map(|index| Distribution { values: of(index) })
             .collect())
     }
@@ -407,11 +401,11 @@ mod tests {
     }
 
     #[test]
-    fn settings_out_of_range_are_errors_and_one_person_has_no_interval() {
+    fn without_draws_or_a_second_person_there_is_no_interval() {
         let count = |bootstrap: Bootstrap| bootstrap.resample(&PEOPLE, |_| vec![0.0]).map(|d| d.len());
         assert!(
             count(Bootstrap {
-                draws: 0,
+                level: 0.0,
                 ..Bootstrap::default()
             })
             .is_err()
@@ -423,6 +417,14 @@ mod tests {
             })
             .is_err()
         );
+        let none = Bootstrap {
+            draws: 0,
+            ..Bootstrap::default()
+        }
+        .resample(&PEOPLE, |_| vec![0.0; 2])
+        .unwrap();
+        assert_eq!((none.len(), none[1].interval(0.95)), (2, None));
+        assert_eq!(none[0].difference(&none[1], [0.5, 0.5], 0.95).share_better, 0.5);
         let alone = Bootstrap::default()
             .resample(&[[4, 4]; 3], |_| vec![0.0])
             .unwrap();

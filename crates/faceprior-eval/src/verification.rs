@@ -780,6 +780,18 @@ mod tests {
         assert_eq!(comparison.auc.share_better, 1.0);
         let none = compare(&good, &good).unwrap();
         assert!(!none.accuracy.is_clear() && none.accuracy.value == 0.0 && none.accuracy.share_better == 0.5);
+        let without = Protocol {
+            bootstrap: Bootstrap {
+                draws: 0,
+                ..protocol.bootstrap
+            },
+            ..protocol
+        };
+        let quick = verify(&sample(150, 0.2, 1).0, &pairs, &without).unwrap();
+        assert_eq!(
+            (quick.result().accuracy.value, quick.result().accuracy.interval),
+            (of(&good), None)
+        );
         let interval = good.result().accuracy.interval.unwrap();
         assert!(interval.low <= of(&good) && of(&good) <= interval.high && interval.low < interval.high);
     }
