@@ -178,6 +178,21 @@ pub struct Comparison {
 
 /// Scores L2-normalised embeddings on a list of pairs.
 ///
+/// ```
+/// use faceprior_eval::Embeddings;
+/// use faceprior_eval::bootstrap::Bootstrap;
+/// use faceprior_eval::verification::{Pair, Protocol, verify};
+///
+/// // Two pictures of person 0, two of person 1.
+/// let embeddings = Embeddings::new(2, vec![1.0, 0.0, 0.9, 0.1, 0.0, 1.0, 0.1, 0.9])?.normalized();
+/// let pair = |left, right, people: [u32; 2]| Pair { left, right, same: people[0] == people[1], people };
+/// let pairs = [pair(0, 1, [0, 0]), pair(0, 2, [0, 1]), pair(2, 3, [1, 1]), pair(1, 3, [0, 1])];
+/// let protocol = Protocol { folds: 2, bootstrap: Bootstrap { draws: 100, ..Bootstrap::default() }, ..Protocol::default() };
+/// let scored = verify(&embeddings, &pairs, &protocol)?;
+/// assert_eq!(scored.result().accuracy.value, 1.0);
+/// # Ok::<(), faceprior_eval::EvalError>(())
+/// ```
+///
 /// # Errors
 /// When a pair names a row that does not exist, either kind of pair is missing, the pairs do not fill the folds,
 /// there are fewer dimensions or training pictures than principal components, or a setting is out of range.
