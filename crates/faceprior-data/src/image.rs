@@ -245,7 +245,8 @@ impl Image {
         files::write_atomically(path, &self.encode(Encoding::from_path(path)?)?, durability)
     }
 
-    /// Resizes with bilinear interpolation and antialiasing, bit for bit as Pillow's `resize(..., BILINEAR)`.
+    /// Resizes with bilinear interpolation and antialiasing, bit for bit as Pillow's `resize(..., BILINEAR)`
+    /// (versions 3 to 12).
     ///
     /// # Panics
     /// If a side is 0.

@@ -1,9 +1,9 @@
 //! Verification pairs in LFW's format.
 //!
 //! ```text
-//! 10	300                          folds, pairs of each kind in a fold
-//! Abel_Pacheco	1	4                same:      name, n1, n2
-//! Abdel_Madi_Shabneh	1	Dean_Barker	1    different: name1, n1, name2, n2
+//! 10<tab>300                                  folds, pairs of each kind in a fold
+//! Abel_Pacheco<tab>1<tab>4                    same: name, n1, n2
+//! Abdel_Madi<tab>1<tab>Dean_Barker<tab>1      different: name1, n1, name2, n2
 //! ```
 //! `name n` is the picture `name/name_%04d.jpg`. Fields are separated by tabs, or by spaces where a line has no tab.
 //! A header of one number (LFW's development sets) means one fold.

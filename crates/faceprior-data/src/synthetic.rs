@@ -548,12 +548,17 @@ fn lattice(seed: u32, x: i32, y: i32) -> f32 {
     (h >> 8) as f32 / (1 << 24) as f32
 }
 
+/// Whole and fractional part, also below 0. (`floor` is a call where the processor's baseline has no such instruction.)
+fn split(x: f32) -> (i32, f32) {
+    let toward_zero = x as i32;
+    let whole = toward_zero - i32::from(toward_zero as f32 > x);
+    (whole, x - whole as f32)
+}
+
 /// Smooth noise in `[-1, 1]` with features of size 1.
 fn noise(seed: u32, x: f32, y: f32) -> f32 {
-    let (x0, y0) = (x.floor(), y.floor());
-    let (fx, fy) = (x - x0, y - y0);
+    let ((ix, fx), (iy, fy)) = (split(x), split(y));
     let (fx, fy) = (fx * fx * (3.0 - 2.0 * fx), fy * fy * (3.0 - 2.0 * fy));
-    let (ix, iy) = (x0 as i32, y0 as i32);
     let top = lattice(seed, ix, iy) * (1.0 - fx) + lattice(seed, ix + 1, iy) * fx;
     let bottom = lattice(seed, ix, iy + 1) * (1.0 - fx) + lattice(seed, ix + 1, iy + 1) * fx;
     (top * (1.0 - fy) + bottom * fy) * 2.0 - 1.0
@@ -768,17 +773,28 @@ impl<'a> Scene<'a> {
     /// The colour of a pixel in linear light.
     fn shade(&self, x: f32, y: f32) -> Color {
         let (u, v) = self.to_face(x, y);
-        let mut color = self.background(x / self.size, y / self.size);
         let surface = self.surface(u, v);
         let hair_outline = self.hair_outline(u, v);
-        self.hair_behind(&mut color, u, v, hair_outline);
-        self.body(&mut color, u, v);
-        self.ears(&mut color, u, v);
+        let (fringe, fringe_distance) = self.fringe(&surface, hair_outline);
         let face = cover(surface.outline, self.px);
-        if face > 0.0 {
-            color = mix(color, self.face(&surface), face);
+        // Only what is seen is computed: most pixels belong to one layer.
+        let mut color = [0.0; 3];
+        if fringe < 1.0 {
+            if face < 1.0 {
+                color = self.background(x / self.size, y / self.size);
+                self.hair_behind(&mut color, u, v, hair_outline);
+                self.body(&mut color, u, v);
+                self.ears(&mut color, u, v);
+            }
+            if face > 0.0 {
+                // The fringe shades the forehead.
+                let shade = 1.0 - 0.22 * bump(square(fringe_distance.max(0.0) / 0.10));
+                color = mix(color, scaled(self.face(&surface), shade), face);
+            }
         }
-        self.hair_in_front(&mut color, u, v, &surface, hair_outline);
+        if fringe > 0.0 {
+            color = mix(color, self.hair_color(u, v), fringe);
+        }
         self.glasses(&mut color, &surface);
         color
     }
@@ -805,15 +821,10 @@ impl<'a> Scene<'a> {
         let volume = who.hair_volume;
         let width = who.face_width + 0.06 + 0.55 * volume;
         let center = -0.12;
-        let wave = if who.hair_curl > 0.05 && u.abs() < width + 0.3 {
-            0.13 * who.hair_curl * noise(who.seed, 5.0 * u + 20.0, 5.0 * v)
-        } else {
-            0.0
-        };
-        if v < center {
+        let d = if v < center {
             let height = who.skull_height + 0.05 + volume + center;
             let r = (square(u / width) + square((v - center) / height)).sqrt();
-            (r - 1.0) * width.min(height) + wave
+            (r - 1.0) * width.min(height)
         } else {
             // Long hair falls, short hair follows the skull behind the ears.
             let below = v - center;
@@ -824,7 +835,13 @@ impl<'a> Scene<'a> {
             // The larger of both, with the corner rounded.
             const ROUND: f32 = 0.2;
             let (a, b) = ((side + ROUND).max(0.0), (end + ROUND).max(0.0));
-            (a * a + b * b).sqrt() + (side.max(end) + ROUND).min(0.0) - ROUND + wave
+            (a * a + b * b).sqrt() + (side.max(end) + ROUND).min(0.0) - ROUND
+        };
+        // Waves reach this far; elsewhere they change nothing.
+        if d.abs() > 0.15 {
+            d
+        } else {
+            d + 0.13 * who.hair_curl * noise(who.seed, 5.0 * u + 20.0, 5.0 * v)
         }
     }
 
@@ -982,14 +999,13 @@ impl<'a> Scene<'a> {
             return 0.0;
         }
         const CELL: f32 = 0.072;
-        let (cu, cv) = ((u / CELL).floor(), (v / CELL).floor());
         let seed = self.who.seed ^ 0xF7EC;
-        let (ix, iy) = (cu as i32, cv as i32);
+        let ((ix, _), (iy, _)) = (split(u / CELL), split(v / CELL));
         if lattice(seed, ix, iy) > 0.75 * self.who.freckles {
             return 0.0;
         }
-        let center_u = (cu + 0.25 + 0.5 * lattice(seed ^ 1, ix, iy)) * CELL;
-        let center_v = (cv + 0.25 + 0.5 * lattice(seed ^ 2, ix, iy)) * CELL;
+        let center_u = (ix as f32 + 0.25 + 0.5 * lattice(seed ^ 1, ix, iy)) * CELL;
+        let center_v = (iy as f32 + 0.25 + 0.5 * lattice(seed ^ 2, ix, iy)) * CELL;
         let d = (square(u - center_u) + square(v - center_v)).sqrt() - 0.014;
         0.32 * region.sqrt() * cover(d, self.px.max(0.018))
     }
@@ -1229,34 +1245,27 @@ impl<'a> Scene<'a> {
         }
     }
 
-    fn hair_in_front(&self, color: &mut Color, u: f32, v: f32, surface: &Surface, outline: f32) {
+    /// The share of hair in front of the face, and the distance to its lower edge.
+    fn fringe(&self, surface: &Surface, outline: f32) -> (f32, f32) {
+        const NONE: (f32, f32) = (0.0, 1.0);
         let who = self.who;
-        if who.hair_cover <= 0.0 || outline > self.px {
-            return;
-        }
         let (tu, tv) = (surface.u, surface.v);
+        let sideburn = 0.16 + 0.1 * who.beard;
+        let curtained = who.hair_curtain < 1.15;
+        if who.hair_cover <= 0.0 || outline > self.px || (tv > sideburn + 0.2 && !curtained) {
+            return NONE;
+        }
         let side = (tu / who.face_width).abs().min(1.3);
         let ragged = noise(who.seed ^ 11, 9.0 * tu, 0.5) * (0.035 + 0.07 * who.hair_curl);
         let temples = side * side * side * side;
-        let line = who.hairline
-            + who.hair_part * tu * (1.0 - 0.5 * temples)
-            + 0.10 * side * side
-            + 0.52 * temples
-            + ragged;
-        let sideburn = 0.16 + 0.1 * who.beard;
+        let part = who.hair_part * tu * (1.0 - 0.5 * temples);
+        let line = who.hairline + part + 0.10 * side * side + 0.52 * temples + ragged;
         let mut d = (tv - line.min(sideburn)) * 0.85;
-        if who.hair_curtain < 1.15 {
+        if curtained {
             let curtain = (who.hair_curtain + 0.05 * noise(who.seed ^ 13, 2.0, 4.0 * tv)) * who.face_width;
             d = d.min(curtain - tu.abs());
         }
-        let share = cover(d.max(outline), self.px.max(0.014));
-        if share > 0.0 {
-            *color = mix(*color, self.hair_color(u, v), share);
-        } else if d < 0.10 {
-            // What the fringe shades.
-            let face = cover(surface.outline, self.px);
-            *color = scaled(*color, 1.0 - 0.22 * face * bump(square(d / 0.10)));
-        }
+        (cover(d.max(outline), self.px.max(0.014)), d)
     }
 
     fn glasses(&self, color: &mut Color, surface: &Surface) {

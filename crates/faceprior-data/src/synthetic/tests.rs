@@ -13,10 +13,10 @@ fn sheet(size: usize) -> Image {
 
 #[test]
 fn a_sheet_of_faces_is_written() {
-    // Kept where FACEPRIOR_SHEET says, to be looked at.
+    // Kept where FACEPRIOR_SHEET says (in FACEPRIOR_SHEET_SIZE pixels a face), to be looked at.
     let folder = tempfile::tempdir().unwrap();
     let path = std::env::var_os("FACEPRIOR_SHEET").map_or(folder.path().join("sheet.png"), Into::into);
-    let sheet = sheet(112);
+    let sheet = sheet(std::env::var("FACEPRIOR_SHEET_SIZE").map_or(64, |size| size.parse().unwrap()));
     sheet.write(&path).unwrap();
     assert_eq!(Image::read(&path).unwrap(), sheet);
 }
