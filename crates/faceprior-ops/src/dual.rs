@@ -9,6 +9,7 @@
 
 use burn::tensor::Tensor;
 
+use crate::activation::bias_activation_tangent;
 use crate::{BiasActivation, Conv2dOptions, FeatureMap, reference};
 
 /// A value and its derivative along one direction.
@@ -48,16 +49,10 @@ pub fn bias_activation(
     bias: Option<Tensor<1>>,
     options: BiasActivation,
 ) -> Dual<FeatureMap> {
-    let channels = x.value.channels();
-    let tangent = reference::bias_activation_tangent(
-        x.value.clone().into_blocks(),
-        bias.clone(),
-        x.tangent.into_blocks(),
-        options,
-    );
+    let tangent = bias_activation_tangent(x.value.clone(), bias.clone(), x.tangent, options);
     Dual {
         value: crate::bias_activation(x.value, bias, options),
-        tangent: FeatureMap::from_blocks(tangent, channels),
+        tangent,
     }
 }
 

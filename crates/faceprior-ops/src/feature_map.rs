@@ -2,11 +2,11 @@
 
 use burn::backend::DispatchDevice;
 use burn::tensor::{Device, Tensor};
+use burn_flex::FlexTensor;
 
+use crate::backend::{Function, apply1, apply2, dims, tensor, values};
+use crate::kernels::{BLOCK, Isa, layout, pointwise};
 use crate::reference;
-
-/// Channels of one block on the CPU: one AVX-512 vector, two of AVX2, four of SSE or NEON.
-pub(crate) const BLOCK: usize = 16;
 
 /// An activation `[N, C, H, W]` in the layout that suits its device.
 ///
@@ -28,16 +28,26 @@ impl FeatureMap {
     /// `x`: `[N, C, H, W]`.
     pub fn from_nchw(x: Tensor<4>) -> Self {
         let channels = x.dims()[1];
-        let block = if is_cpu(&x.device()) { BLOCK } else { 1 };
-        Self {
-            blocks: reference::block(x, block),
-            channels,
-        }
+        let blocks = if is_cpu(&x.device()) {
+            apply1(Block, x)
+        } else {
+            reference::block(x, 1)
+        };
+        Self { blocks, channels }
     }
 
     /// Gives the activation back as a plain tensor `[N, C, H, W]`.
     pub fn into_nchw(self) -> Tensor<4> {
-        reference::unblock(self.blocks, self.channels)
+        if self.is_blocked() {
+            apply1(
+                Unblock {
+                    channels: self.channels,
+                },
+                self.blocks,
+            )
+        } else {
+            reference::unblock(self.blocks, self.channels)
+        }
     }
 
     /// The shape `[N, C, H, W]`.
@@ -58,12 +68,20 @@ impl FeatureMap {
             other.dims(),
             "feature maps that are added must have one shape"
         );
-        self.map(|x| x.add(other.blocks))
+        if self.is_blocked() {
+            self.map(|x| apply2(Add, x, other.blocks))
+        } else {
+            self.map(|x| x.add(other.blocks))
+        }
     }
 
     /// The map with every value multiplied by `s`.
     pub fn mul_scalar(self, s: f32) -> FeatureMap {
-        self.map(|x| x.mul_scalar(s))
+        if self.is_blocked() {
+            self.map(|x| apply1(MulScalar { factor: s }, x))
+        } else {
+            self.map(|x| x.mul_scalar(s))
+        }
     }
 
     /// One row per picture, `[N, C·H·W]` in (C, H, W) order, as a linear layer after a network's body expects it.
@@ -129,9 +147,9 @@ impl FeatureMap {
         self.channels
     }
 
-    /// Channels in one block of the layout.
-    pub(crate) fn block(&self) -> usize {
-        self.blocks.dims()[4]
+    /// Whether the layout is the CPU's, which kernels work on.
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.blocks.dims()[4] == BLOCK
     }
 
     /// Applies a function of the blocks that keeps the channels.
@@ -153,10 +171,91 @@ pub(crate) fn is_cpu(device: &Device) -> bool {
     }
 }
 
+/// From plain to blocked layout.
+#[derive(Clone, Debug)]
+struct Block;
+
+impl Function<1> for Block {
+    type Saved = usize;
+
+    fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, usize) {
+        let [n, c, h, w] = dims(&x);
+        let y = layout::block(values(&x), c, h * w);
+        (tensor(y, [n, c.div_ceil(BLOCK), h, w, BLOCK]), c)
+    }
+
+    fn backward(&self, channels: usize, dy: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
+        [Some(unblock(&dy, channels))]
+    }
+}
+
+/// From blocked to plain layout.
+#[derive(Clone, Debug)]
+struct Unblock {
+    channels: usize,
+}
+
+impl Function<1> for Unblock {
+    type Saved = ();
+
+    fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, ()) {
+        (unblock(&x, self.channels), ())
+    }
+
+    fn backward(&self, (): (), dy: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
+        [Some(Block.forward([dy]).0)]
+    }
+}
+
+fn unblock(x: &FlexTensor, channels: usize) -> FlexTensor {
+    let [n, _, h, w, _] = dims(x);
+    tensor(layout::unblock(values(x), channels, h * w), [n, channels, h, w])
+}
+
+/// The sum of two maps.
+#[derive(Clone, Debug)]
+struct Add;
+
+impl Function<2> for Add {
+    type Saved = ();
+
+    fn forward(&self, [x, y]: [FlexTensor; 2]) -> (FlexTensor, ()) {
+        let [n, blocks, ..] = dims::<5>(&x);
+        let inputs = [values(&x), values(&y)];
+        let (sum, []) = pointwise::pointwise(Isa::best(), pointwise::Add {}, n * blocks, inputs, []);
+        (tensor(sum, dims::<5>(&x)), ())
+    }
+
+    fn backward(&self, (): (), dy: FlexTensor, _: [bool; 2]) -> [Option<FlexTensor>; 2] {
+        [Some(dy.clone()), Some(dy)]
+    }
+}
+
+/// A map times a number.
+#[derive(Clone, Debug)]
+struct MulScalar {
+    factor: f32,
+}
+
+impl Function<1> for MulScalar {
+    type Saved = ();
+
+    fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, ()) {
+        let [n, blocks, ..] = dims::<5>(&x);
+        let op = pointwise::MulScalar { factor: self.factor };
+        let (y, []) = pointwise::pointwise(Isa::best(), op, n * blocks, [values(&x)], []);
+        (tensor(y, dims::<5>(&x)), ())
+    }
+
+    fn backward(&self, (): (), dy: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
+        [Some(self.forward([dy]).0)]
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, random};
+    use crate::testing::{assert_close, assert_twins, random};
 
     #[test]
     fn layout_round_trips_for_any_number_of_channels() {
@@ -164,7 +263,7 @@ mod tests {
             let x = random([2, c, 3, 5], c as u64);
             let map = FeatureMap::from_nchw(x.clone());
             assert_eq!(map.dims(), [2, c, 3, 5]);
-            assert_eq!(map.block(), BLOCK);
+            assert!(map.is_blocked());
             assert_close(map.into_nchw(), x, 0.0);
         }
     }
@@ -186,5 +285,21 @@ mod tests {
         let (first, rest) = both.split_batch(1);
         assert_close(first.into_nchw(), a, 0.0);
         assert_close(rest.into_nchw(), b, 0.0);
+    }
+
+    #[test]
+    fn layout_and_arithmetic_agree_with_their_reference() {
+        assert_twins(
+            |[x]| FeatureMap::from_nchw(x).mul_scalar(0.3).into_nchw(),
+            |[x]| reference::unblock(reference::block(x, BLOCK).mul_scalar(0.3), 20),
+            [[2, 20, 5, 7]],
+            0.0,
+        );
+        assert_twins(
+            |[x, y]| FeatureMap::from_nchw(x).add(FeatureMap::from_nchw(y)).into_nchw(),
+            |[x, y]| x.add(y),
+            [[2, 35, 5, 7]; 2],
+            0.0,
+        );
     }
 }

@@ -15,11 +15,16 @@
 //! `N` pictures, `C` channels (`I` in, `O` out of a convolution), `H` rows, `W` columns, `b` channels in a block.
 
 mod activation;
+mod backend;
+#[doc(hidden)]
+pub mod bench;
 mod channels;
 mod convolution;
 pub mod dual;
 mod feature_map;
+mod kernels;
 mod normalization;
+mod pool;
 mod reference;
 mod resampling;
 #[cfg(test)]

@@ -1,5 +1,9 @@
 //! Operations that change height and width.
 
+use burn_flex::FlexTensor;
+
+use crate::backend::{Function, apply1, dims, tensor, values};
+use crate::kernels::{BLOCK, Isa, resample as kernels};
 use crate::{FeatureMap, reference};
 
 /// Maximum over windows of `kernel`² pixels, no padding.
@@ -12,22 +16,94 @@ pub fn max_pool2d(x: FeatureMap, kernel: usize, stride: usize, ceil_mode: bool) 
 
 /// Keeps every `stride`-th pixel of every `stride`-th row, from the first.
 pub fn subsample(x: FeatureMap, stride: usize) -> FeatureMap {
-    if stride == 1 {
-        x
-    } else {
-        x.map(|x| reference::subsample(x, stride))
+    match stride {
+        1 => x,
+        _ if x.is_blocked() => x.map(|x| apply1(Subsample { stride }, x)),
+        _ => x.map(|x| reference::subsample(x, stride)),
     }
 }
 
 /// Doubles height and width: nearest neighbour, then the FIR filter [1, 3, 3, 1]⊗[1, 3, 3, 1]/64, borders replicated.
 pub fn upsample_smooth(x: FeatureMap) -> FeatureMap {
-    x.map(reference::upsample_smooth)
+    if x.is_blocked() {
+        x.map(|x| apply1(Smooth::Up, x))
+    } else {
+        x.map(reference::upsample_smooth)
+    }
 }
 
 /// Halves height and width (rounded up): the FIR filter [1, 3, 3, 1]⊗[1, 3, 3, 1]/64, borders replicated, then
 /// every second pixel.
 pub fn downsample_smooth(x: FeatureMap) -> FeatureMap {
-    x.map(reference::downsample_smooth)
+    if x.is_blocked() {
+        x.map(|x| apply1(Smooth::Down, x))
+    } else {
+        x.map(reference::downsample_smooth)
+    }
+}
+
+/// Smooth resampling on blocks.
+#[derive(Clone, Copy, Debug)]
+enum Smooth {
+    Up,
+    Down,
+}
+
+impl Smooth {
+    fn taps(self, length: usize) -> Vec<kernels::Taps> {
+        match self {
+            Self::Up => kernels::upsample_taps(length),
+            Self::Down => kernels::downsample_taps(length),
+        }
+    }
+}
+
+impl Function<1> for Smooth {
+    type Saved = [usize; 5];
+
+    fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, Self::Saved) {
+        let shape @ [n, blocks, h, w, _] = dims(&x);
+        let (rows, columns) = (self.taps(h), self.taps(w));
+        let y = kernels::resample(Isa::best(), values(&x), h, w, &rows, &columns);
+        (tensor(y, [n, blocks, rows.len(), columns.len(), BLOCK]), shape)
+    }
+
+    fn backward(&self, shape: Self::Saved, dy: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
+        let [_, _, h, w, _] = shape;
+        let (rows, columns) = (self.taps(h), self.taps(w));
+        let dx = kernels::resample_transposed(Isa::best(), values(&dy), h, w, &rows, &columns);
+        [Some(tensor(dx, shape))]
+    }
+}
+
+/// Every `stride`-th pixel.
+#[derive(Clone, Debug)]
+struct Subsample {
+    stride: usize,
+}
+
+impl Function<1> for Subsample {
+    type Saved = [usize; 5];
+
+    fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, Self::Saved) {
+        let shape @ [n, blocks, h, w, _] = dims(&x);
+        let y = kernels::subsample(values(&x), h, w, self.stride);
+        (
+            tensor(
+                y,
+                [n, blocks, h.div_ceil(self.stride), w.div_ceil(self.stride), BLOCK],
+            ),
+            shape,
+        )
+    }
+
+    fn backward(&self, shape: Self::Saved, dy: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
+        let [_, _, h, w, _] = shape;
+        [Some(tensor(
+            kernels::subsample_transposed(values(&dy), h, w, self.stride),
+            shape,
+        ))]
+    }
 }
 
 #[cfg(test)]
@@ -35,7 +111,21 @@ mod tests {
     use burn::tensor::{Tensor, module, ops::ConvOptions, ops::PadMode};
 
     use super::*;
-    use crate::testing::{assert_close, random, values};
+    use crate::testing::{assert_close, assert_twins, random, values};
+
+    #[test]
+    fn kernels_agree_with_their_references() {
+        for (h, w) in [(1, 1), (2, 3), (5, 4), (8, 8)] {
+            let shapes = [[2, 2, h, w, BLOCK]];
+            let map = |[x]: [Tensor<5>; 1]| FeatureMap::from_blocks(x, 32);
+            let up = |x| upsample_smooth(map(x)).into_blocks();
+            assert_twins(up, |[x]| reference::upsample_smooth(x), shapes, 1e-6);
+            let down = |x| downsample_smooth(map(x)).into_blocks();
+            assert_twins(down, |[x]| reference::downsample_smooth(x), shapes, 1e-6);
+            let every_second = |x| subsample(map(x), 2).into_blocks();
+            assert_twins(every_second, |[x]| reference::subsample(x, 2), shapes, 0.0);
+        }
+    }
 
     /// Replication pad (left 2, right 1, top 2, bottom 1), then the 4×4 filter, as the definition has it.
     fn filter(x: Tensor<4>) -> Tensor<4> {

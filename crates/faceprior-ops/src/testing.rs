@@ -32,3 +32,30 @@ pub(crate) fn assert_close<const D: usize>(got: Tensor<D>, expected: Tensor<D>, 
         );
     }
 }
+
+/// Asserts that two forms of an operation on tensors of rank `D` agree in value and in the gradients of all inputs.
+pub(crate) fn assert_twins<const N: usize, const D: usize, const R: usize>(
+    fast: impl Fn([Tensor<D>; N]) -> Tensor<R>,
+    reference: impl Fn([Tensor<D>; N]) -> Tensor<R>,
+    shapes: [[usize; D]; N],
+    tolerance: f32,
+) {
+    let run = |form: &dyn Fn([Tensor<D>; N]) -> Tensor<R>| {
+        let mut seed = 100;
+        let inputs = shapes.map(|shape| {
+            seed += 1;
+            random(shape, seed).require_grad()
+        });
+        let y = form(inputs.clone());
+        let gradients = y.clone().mul(random(y.dims(), 99)).sum().backward();
+        (
+            y,
+            inputs.map(|input| input.grad(&gradients).expect("a gradient for every input")),
+        )
+    };
+    let ((fast, fast_gradients), (plain, plain_gradients)) = (run(&fast), run(&reference));
+    assert_close(fast, plain, tolerance);
+    for (fast, plain) in fast_gradients.into_iter().zip(plain_gradients) {
+        assert_close(fast, plain, tolerance);
+    }
+}

@@ -1,0 +1,97 @@
+//! The convolution kernels one pass at a time, for measuring their rates. Not part of the interface.
+
+use crate::kernels::direct::{self, Geometry};
+use crate::kernels::winograd::{self, Shape};
+use crate::kernels::{BLOCK, Isa};
+
+/// A convolution with its operands, `x` and `weight` and their gradients.
+pub struct Convolution {
+    geometry: Geometry,
+    x: Vec<f32>,
+    y: Vec<f32>,
+    weight: Vec<f32>,
+}
+
+impl Convolution {
+    /// Makes up operands for `n` pictures of `size`² pixels.
+    pub fn new(n: usize, [i, o]: [usize; 2], size: usize, kernel: usize, stride: usize) -> Self {
+        let padding = kernel / 2;
+        let geometry = Geometry {
+            n,
+            i,
+            o,
+            h: size,
+            w: size,
+            kernel: [kernel; 2],
+            stride,
+            padding,
+        };
+        let [oh, ow] = geometry.outputs();
+        let values = |count: usize| (0..count).map(|index| (index % 97) as f32 / 97.0 - 0.5).collect();
+        Self {
+            geometry,
+            x: values(n * i.next_multiple_of(BLOCK) * size * size),
+            y: values(n * o.next_multiple_of(BLOCK) * oh * ow),
+            weight: values(o * i * kernel * kernel),
+        }
+    }
+
+    /// Multiplications and additions of the direct form in one pass.
+    pub fn operations(&self) -> f64 {
+        let Geometry {
+            n,
+            i,
+            o,
+            kernel: [kh, kw],
+            ..
+        } = self.geometry;
+        let [oh, ow] = self.geometry.outputs();
+        2.0 * [n, i, o, kh, kw, oh, ow]
+            .map(|size| size as f64)
+            .iter()
+            .product::<f64>()
+    }
+
+    fn winograd(&self) -> Option<Shape> {
+        let Geometry {
+            n,
+            i,
+            o,
+            h,
+            w,
+            kernel,
+            stride,
+            ..
+        } = self.geometry;
+        (kernel == [3, 3] && stride == 1 && i >= BLOCK).then_some(Shape { n, i, o, h, w })
+    }
+
+    /// The output.
+    pub fn forward(&mut self) {
+        match self.winograd() {
+            Some(shape) => winograd::forward(Isa::best(), shape, &self.x, &self.weight, &mut self.y),
+            None => direct::forward(Isa::best(), self.geometry, &self.x, &self.weight, &mut self.y),
+        }
+    }
+
+    /// The output, by the direct form.
+    pub fn forward_direct(&mut self) {
+        direct::forward(Isa::best(), self.geometry, &self.x, &self.weight, &mut self.y);
+    }
+
+    /// The gradient of the input.
+    pub fn data_gradient(&mut self) {
+        match self.winograd() {
+            Some(shape) => winograd::data_gradient(Isa::best(), shape, &self.y, &self.weight, &mut self.x),
+            None => direct::data_gradient(Isa::best(), self.geometry, &self.y, &self.weight, &mut self.x),
+        }
+    }
+
+    /// The gradient of the weight.
+    pub fn weight_gradient(&mut self) {
+        match self.winograd() {
+            Some(shape) => winograd::weight_gradient(Isa::best(), shape, &self.x, &self.y, &mut self.weight),
+            None => direct::weight_gradient(Isa::best(), self.geometry, &self.x, &self.y, &mut self.weight),
+        }
+    }
+}

@@ -1,0 +1,873 @@
+//! Convolution of any kernel and stride as an implicit matrix product, and depthwise convolution.
+//!
+//! Rows of the product are neighbouring pixels, columns are output channels, and the inner dimension runs over the
+//! kernel's taps and the input channels: nothing is unrolled in memory, the register tile finds each tap's pixels by
+//! an offset. Borders are copied once around the input, so that no inner loop asks where it is.
+
+use super::lanes::{Isa, Kernel, Lanes};
+use super::tile::{Runs, Strides, multiply};
+use super::{BLOCK, Shared, parallel};
+use crate::pool::Buffer;
+
+/// A convolution: `n` pictures of `h`×`w` pixels, `i` input and `o` output channels, square stride and padding.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Geometry {
+    pub(crate) n: usize,
+    pub(crate) i: usize,
+    pub(crate) o: usize,
+    pub(crate) h: usize,
+    pub(crate) w: usize,
+    pub(crate) kernel: [usize; 2],
+    pub(crate) stride: usize,
+    pub(crate) padding: usize,
+}
+
+impl Geometry {
+    /// Height and width of the output.
+    pub(crate) fn outputs(self) -> [usize; 2] {
+        let [kh, kw] = self.kernel;
+        let along = |size: usize, kernel: usize| (size + 2 * self.padding - kernel) / self.stride + 1;
+        [along(self.h, kh), along(self.w, kw)]
+    }
+
+    fn in_blocks(self) -> usize {
+        self.i.div_ceil(BLOCK)
+    }
+
+    fn out_blocks(self) -> usize {
+        self.o.div_ceil(BLOCK)
+    }
+
+    fn taps(self) -> usize {
+        self.kernel[0] * self.kernel[1]
+    }
+
+    /// A 1×1 convolution of stride 1 does not care which pixels are neighbours: one row of all.
+    fn flattened(self) -> Self {
+        if self.kernel == [1, 1] && self.stride == 1 && self.padding == 0 {
+            Self {
+                h: 1,
+                w: self.h * self.w,
+                ..self
+            }
+        } else {
+            self
+        }
+    }
+}
+
+/// Planes of blocked pixels, with a border of zeros if one was asked for.
+struct Padded<'a> {
+    x: &'a [f32],
+    padded: Option<Buffer>,
+    h: usize,
+    w: usize,
+}
+
+impl Padded<'_> {
+    fn as_ptr(&self) -> *const f32 {
+        self.padded.as_deref().unwrap_or(self.x).as_ptr()
+    }
+
+    fn plane(&self) -> usize {
+        self.h * self.w * BLOCK
+    }
+}
+
+/// Wraps `before` and `after` rows and columns of zeros around each plane.
+fn pad(x: &[f32], h: usize, w: usize, before: [usize; 2], after: [usize; 2]) -> Padded<'_> {
+    let (padded_h, padded_w) = (before[0] + h + after[0], before[1] + w + after[1]);
+    if (padded_h, padded_w) == (h, w) {
+        return Padded {
+            x,
+            padded: None,
+            h,
+            w,
+        };
+    }
+    let planes = x.len() / (h * w * BLOCK);
+    let (plane, padded_plane) = (h * w * BLOCK, padded_h * padded_w * BLOCK);
+    let mut padded = Buffer::take(planes * padded_plane);
+    let to = Shared::new(&mut padded);
+    parallel(planes, |index| {
+        // SAFETY: each task writes the plane of its index.
+        let to = unsafe { std::slice::from_raw_parts_mut(to.at(index * padded_plane), padded_plane) };
+        let from = &x[index * plane..(index + 1) * plane];
+        let row = w * BLOCK;
+        let mut filled = 0;
+        for (y, from) in from.chunks_exact(row).enumerate() {
+            let start = ((before[0] + y) * padded_w + before[1]) * BLOCK;
+            to[filled..start].fill(0.0);
+            to[start..start + row].copy_from_slice(from);
+            filled = start + row;
+        }
+        to[filled..].fill(0.0);
+    });
+    Padded {
+        x,
+        padded: Some(padded),
+        h: padded_h,
+        w: padded_w,
+    }
+}
+
+/// Weights as columns of the product, `[group of column blocks][block of the inner side][tap][lane][blocks·16]`.
+///
+/// A convolution's columns are output channels, its data gradient's are input channels. With a single block on the
+/// inner side only its real channels are kept, so that three colours cost three terms and not sixteen.
+struct Panels {
+    values: Buffer,
+    /// Channels of one run of the inner dimension.
+    length: usize,
+}
+
+/// Packs `weight(column, inner, tap)`.
+fn pack(
+    group_blocks: usize,
+    columns: usize,
+    inner: usize,
+    taps: usize,
+    weight: impl Fn(usize, usize, usize) -> f32 + Sync,
+) -> Panels {
+    let (column_blocks, inner_blocks) = (columns.div_ceil(BLOCK), inner.div_ceil(BLOCK));
+    let length = if inner_blocks == 1 { inner } else { BLOCK };
+    let rows = inner_blocks * taps * length;
+    let mut values = Buffer::take(column_blocks * BLOCK * rows);
+    let to = Shared::new(&mut values);
+    parallel(column_blocks, |block| {
+        let group = block / group_blocks;
+        let width = group_blocks.min(column_blocks - group * group_blocks) * BLOCK;
+        let start = group * group_blocks * BLOCK * rows + block % group_blocks * BLOCK;
+        for row in 0..rows {
+            let channel = row / (taps * length) * BLOCK + row % length;
+            let tap = row / length % taps;
+            for lane in 0..BLOCK {
+                let column = block * BLOCK + lane;
+                let value = if column < columns && channel < inner {
+                    weight(column, channel, tap)
+                } else {
+                    0.0
+                };
+                // SAFETY: each task writes the columns of its block, inside the buffer by its size.
+                unsafe { *to.at(start + row * width + lane) = value };
+            }
+        }
+    });
+    Panels { values, length }
+}
+
+/// Rows of output pixels that one task computes, so that all threads have several.
+fn rows_per_task(rows: usize, other_tasks: usize) -> usize {
+    let wanted = (4 * rayon::current_num_threads()).div_ceil(other_tasks);
+    rows.div_ceil(wanted.min(rows))
+}
+
+/// The convolution of `x` `[N, ⌈I/16⌉, H, W, 16]` with `weight` `[O, I, kh, kw]`.
+pub(crate) fn forward(isa: Isa, geometry: Geometry, x: &[f32], weight: &[f32], y: &mut [f32]) {
+    let g = geometry.flattened();
+    let [oh, ow] = g.outputs();
+    assert_eq!(x.len(), g.n * g.in_blocks() * g.h * g.w * BLOCK);
+    assert_eq!(y.len(), g.n * g.out_blocks() * oh * ow * BLOCK);
+    assert_eq!(weight.len(), g.o * g.i * g.taps());
+    let source = pad(x, g.h, g.w, [g.padding; 2], [g.padding; 2]);
+    let group_blocks = isa.tile_blocks();
+    let panels = pack(group_blocks, g.o, g.i, g.taps(), |output, input, tap| {
+        weight[(output * g.i + input) * g.taps() + tap]
+    });
+    let taps: Vec<_> = (0..g.taps())
+        .map(|tap| (tap, (tap / g.kernel[1] * source.w + tap % g.kernel[1]) * BLOCK))
+        .collect();
+    let product = Product {
+        source: source.as_ptr() as usize,
+        source_blocks: g.in_blocks(),
+        source_plane: source.plane(),
+        source_row: g.stride * source.w * BLOCK,
+        source_pixel: g.stride * BLOCK,
+        panels: &panels,
+        taps: &taps,
+        num_taps: g.taps(),
+        y: Shared::new(y),
+        blocks: g.out_blocks(),
+        plane: oh * ow * BLOCK,
+        first: 0,
+        row: ow * BLOCK,
+        pixel: BLOCK,
+        rows: oh,
+        pixels: ow,
+    };
+    product.run(isa, g.n);
+}
+
+/// The gradient of the input from the gradient of the output.
+///
+/// Input pixels of one phase (row and column modulo the stride) meet the same taps, so that each phase is a
+/// convolution of stride 1 over the output's gradient.
+pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[f32], dx: &mut [f32]) {
+    let g = geometry.flattened();
+    let [oh, ow] = g.outputs();
+    assert_eq!(dy.len(), g.n * g.out_blocks() * oh * ow * BLOCK);
+    assert_eq!(dx.len(), g.n * g.in_blocks() * g.h * g.w * BLOCK);
+    assert_eq!(weight.len(), g.o * g.i * g.taps());
+    let [kh, kw] = g.kernel;
+    let s = g.stride;
+    // Input row s·m + phase takes output row m + distance through a tap, where the division is exact.
+    let distances = |kernel: usize, phase: usize| {
+        let exact = move |tap: usize| (phase + g.padding) as isize - tap as isize;
+        (0..kernel)
+            .filter(move |tap| exact(*tap) % s as isize == 0)
+            .map(move |tap| (tap, exact(tap) / s as isize))
+    };
+    // How far outside the output's gradient the phases look.
+    let borders = |kernel: usize, size: usize, outputs: usize| {
+        let (mut before, mut after) = (0, 0);
+        for phase in 0..s.min(size) {
+            let last = ((size - phase).div_ceil(s) - 1) as isize;
+            for (_, distance) in distances(kernel, phase) {
+                before = before.max(-distance);
+                after = after.max(last + distance - (outputs as isize - 1));
+            }
+        }
+        (before as usize, after as usize)
+    };
+    let ((top, bottom), (left, right)) = (borders(kh, g.h, oh), borders(kw, g.w, ow));
+    let source = pad(dy, oh, ow, [top, left], [bottom, right]);
+    let panels = pack(isa.tile_blocks(), g.i, g.o, g.taps(), |input, output, tap| {
+        weight[(output * g.i + input) * g.taps() + tap]
+    });
+    let dx = Shared::new(dx);
+    for phase_y in 0..s.min(g.h) {
+        for phase_x in 0..s.min(g.w) {
+            let taps: Vec<_> = distances(kh, phase_y)
+                .flat_map(|y| distances(kw, phase_x).map(move |x| (y, x)))
+                .map(|((ky, dy), (kx, dx))| {
+                    let (row, column) = ((top as isize + dy) as usize, (left as isize + dx) as usize);
+                    (ky * kw + kx, (row * source.w + column) * BLOCK)
+                })
+                .collect();
+            let product = Product {
+                source: source.as_ptr() as usize,
+                source_blocks: g.out_blocks(),
+                source_plane: source.plane(),
+                source_row: source.w * BLOCK,
+                source_pixel: BLOCK,
+                panels: &panels,
+                taps: &taps,
+                num_taps: g.taps(),
+                y: dx,
+                blocks: g.in_blocks(),
+                plane: g.h * g.w * BLOCK,
+                first: (phase_y * g.w + phase_x) * BLOCK,
+                row: s * g.w * BLOCK,
+                pixel: s * BLOCK,
+                rows: (g.h - phase_y).div_ceil(s),
+                pixels: (g.w - phase_x).div_ceil(s),
+            };
+            product.run(isa, g.n);
+        }
+    }
+}
+
+/// An implicit product over padded planes: for each output pixel, the sum over taps and source channels.
+#[derive(Clone, Copy)]
+struct Product<'a> {
+    /// Address of the padded source (as a number, since pointers do not cross threads).
+    source: usize,
+    source_blocks: usize,
+    source_plane: usize,
+    source_row: usize,
+    source_pixel: usize,
+    panels: &'a Panels,
+    /// Index into the panels and offset into a source plane of each tap that takes part.
+    taps: &'a [(usize, usize)],
+    num_taps: usize,
+    y: Shared,
+    blocks: usize,
+    plane: usize,
+    /// Offset of the first pixel in a plane, and distances between rows and pixels.
+    first: usize,
+    row: usize,
+    pixel: usize,
+    rows: usize,
+    pixels: usize,
+}
+
+impl Product<'_> {
+    fn run(self, isa: Isa, n: usize) {
+        let group_blocks = isa.tile_blocks();
+        let groups = self.blocks.div_ceil(group_blocks);
+        let task_rows = rows_per_task(self.rows, n * groups);
+        let row_tasks = self.rows.div_ceil(task_rows);
+        // A long row, as of a flattened 1×1 convolution, is divided too.
+        let task_pixels = if self.rows == 1 {
+            rows_per_task(self.pixels, n * groups).max(24)
+        } else {
+            self.pixels
+        };
+        let pixel_tasks = self.pixels.div_ceil(task_pixels);
+        parallel(n * groups * row_tasks * pixel_tasks, |task| {
+            let (task, pixel_task) = (task / pixel_tasks, task % pixel_tasks);
+            let (task, row_task) = (task / row_tasks, task % row_tasks);
+            let (picture, group) = (task / groups, task % groups);
+            let rows = row_task * task_rows..self.rows.min((row_task + 1) * task_rows);
+            let pixels = pixel_task * task_pixels..self.pixels.min((pixel_task + 1) * task_pixels);
+            isa.run(ProductTask {
+                product: self,
+                picture,
+                group,
+                rows,
+                pixels,
+            });
+        });
+    }
+}
+
+struct ProductTask<'a> {
+    product: Product<'a>,
+    picture: usize,
+    group: usize,
+    rows: std::ops::Range<usize>,
+    pixels: std::ops::Range<usize>,
+}
+
+impl Kernel for ProductTask<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            product: p,
+            picture,
+            group,
+            rows,
+            pixels,
+        } = self;
+        let blocks = L::TILE_BLOCKS.min(p.blocks - group * L::TILE_BLOCKS);
+        let (width, length) = (blocks * BLOCK, p.panels.length);
+        let offsets: Vec<_> = (0..p.source_blocks)
+            .flat_map(|block| p.taps.iter().map(move |tap| (block, *tap)))
+            .map(|(block, (tap, offset))| {
+                (
+                    block * p.source_plane + offset,
+                    (block * p.num_taps + tap) * length * width,
+                )
+            })
+            .collect();
+        let runs = Runs {
+            offsets: &offsets,
+            length,
+        };
+        let strides = Strides {
+            a_row: p.source_pixel,
+            a_inner: 1,
+            b_inner: width,
+            b_block: BLOCK,
+            c_row: p.pixel,
+            c_block: p.plane,
+        };
+        let group_start = group * L::TILE_BLOCKS * BLOCK * p.source_blocks * p.num_taps * length;
+        // SAFETY: the caller promises the instructions. The source is padded so that every tap of every output pixel
+        // lies inside it; tasks write disjoint pixels and channels of `y`.
+        unsafe {
+            let source = (p.source as *const f32).add(picture * p.source_blocks * p.source_plane);
+            let b = p.panels.values.as_ptr().add(group_start);
+            let first_plane = (picture * p.blocks + group * L::TILE_BLOCKS) * p.plane;
+            for row in rows {
+                let a = source.add(row * p.source_row + pixels.start * p.source_pixel);
+                let c =
+                    p.y.at(first_plane + p.first + row * p.row + pixels.start * p.pixel);
+                multiply::<L>(pixels.len(), blocks, runs, strides, a, b, c, false);
+            }
+        }
+    }
+}
+
+/// Pictures are summed in at most this many parts.
+const MAX_PARTS: usize = 16;
+/// Floats that the sums of all parts may take.
+const MAX_SUM_FLOATS: usize = 16 << 20;
+/// Pixels of the inner dimension for each time a sum is loaded and stored.
+const CHUNK_PIXELS: usize = 128;
+
+/// The gradient of the weight, `dw` `[O, I, kh, kw]`, from the input and the gradient of the output.
+pub(crate) fn weight_gradient(isa: Isa, geometry: Geometry, x: &[f32], dy: &[f32], dw: &mut [f32]) {
+    let g = geometry.flattened();
+    let [oh, ow] = g.outputs();
+    assert_eq!(x.len(), g.n * g.in_blocks() * g.h * g.w * BLOCK);
+    assert_eq!(dy.len(), g.n * g.out_blocks() * oh * ow * BLOCK);
+    assert_eq!(dw.len(), g.o * g.i * g.taps());
+    let source = pad(x, g.h, g.w, [g.padding; 2], [g.padding; 2]);
+
+    // Sums are `[part][tap][input][output]`. The parts depend on the shape alone, not on the number of threads.
+    let inputs = if g.in_blocks() == 1 {
+        g.i
+    } else {
+        g.in_blocks() * BLOCK
+    };
+    let columns = g.out_blocks() * BLOCK;
+    let size = g.taps() * inputs * columns;
+    let parts = g.n.min(MAX_PARTS).min((MAX_SUM_FLOATS / size).max(1));
+    let part_pictures = g.n.div_ceil(parts);
+    let mut sums = Buffer::take(parts * size);
+    let shared = Shared::new(&mut sums);
+    let groups = g.out_blocks().div_ceil(isa.tile_blocks());
+    let address = source.as_ptr() as usize;
+    let (source_plane, source_w) = (source.plane(), source.w);
+    parallel(parts * groups, |task| {
+        let (part, group) = (task / groups, task % groups);
+        isa.run(WeightGradientTask {
+            geometry: g,
+            source: address,
+            source_plane,
+            source_w,
+            dy,
+            sums: shared,
+            start: part * size,
+            inputs,
+            group,
+            pictures: (part * part_pictures).min(g.n)..((part + 1) * part_pictures).min(g.n),
+        });
+    });
+
+    let (dw, sums) = (Shared::new(dw), &*sums);
+    parallel(g.taps() * inputs, |row| {
+        let (tap, input) = (row / inputs, row % inputs);
+        if input < g.i {
+            for output in 0..g.o {
+                let at = row * columns + output;
+                let sum: f32 = (0..parts).map(|part| sums[part * size + at]).sum();
+                // SAFETY: each task writes the taps of one input.
+                unsafe { *dw.at((output * g.i + input) * g.taps() + tap) = sum };
+            }
+        }
+    });
+}
+
+struct WeightGradientTask<'a> {
+    geometry: Geometry,
+    source: usize,
+    source_plane: usize,
+    source_w: usize,
+    dy: &'a [f32],
+    sums: Shared,
+    start: usize,
+    inputs: usize,
+    group: usize,
+    pictures: std::ops::Range<usize>,
+}
+
+impl Kernel for WeightGradientTask<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            geometry: g,
+            source,
+            source_plane,
+            source_w,
+            dy,
+            sums,
+            start,
+            inputs,
+            group,
+            pictures,
+        } = self;
+        let [oh, ow] = g.outputs();
+        let columns = g.out_blocks() * BLOCK;
+        let blocks = L::TILE_BLOCKS.min(g.out_blocks() - group * L::TILE_BLOCKS);
+        let plane = oh * ow * BLOCK;
+        let strides = Strides {
+            a_row: 1,
+            a_inner: g.stride * BLOCK,
+            b_inner: BLOCK,
+            b_block: plane,
+            c_row: columns,
+            c_block: BLOCK,
+        };
+        let first_column = group * L::TILE_BLOCKS * BLOCK;
+        // SAFETY: the caller promises the instructions. Every tap of every output pixel lies inside the padded
+        // source; this task alone writes its columns of its part's sums.
+        unsafe {
+            let sums = sums.at(start + first_column);
+            for row in 0..g.taps() * inputs {
+                for block in 0..blocks {
+                    L::zero().store(sums.add(row * columns + block * BLOCK));
+                }
+            }
+            // A chunk is some whole rows, or a piece of one.
+            let chunk_rows = (CHUNK_PIXELS / ow).max(1);
+            let chunk_pixels = ow.min(4 * CHUNK_PIXELS);
+            let mut offsets = Vec::with_capacity(chunk_rows);
+            for picture in pictures {
+                let source = (source as *const f32).add(picture * g.in_blocks() * source_plane);
+                let dy = dy
+                    .as_ptr()
+                    .add((picture * g.out_blocks() + group * L::TILE_BLOCKS) * plane);
+                for row in (0..oh).step_by(chunk_rows) {
+                    for pixel in (0..ow).step_by(chunk_pixels) {
+                        offsets.clear();
+                        offsets.extend((row..oh.min(row + chunk_rows)).map(|row| {
+                            let from = (row * source_w + pixel) * g.stride * BLOCK;
+                            (from, (row * ow + pixel) * BLOCK)
+                        }));
+                        let runs = Runs {
+                            offsets: &offsets,
+                            length: chunk_pixels.min(ow - pixel),
+                        };
+                        for tap in 0..g.taps() {
+                            let offset = (tap / g.kernel[1] * source_w + tap % g.kernel[1]) * BLOCK;
+                            for block in 0..g.in_blocks() {
+                                let a = source.add(block * source_plane + offset);
+                                let c = sums.add((tap * inputs + block * BLOCK) * columns);
+                                let rows = BLOCK.min(inputs - block * BLOCK);
+                                multiply::<L>(rows, blocks, runs, strides, a, dy, c, true);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Depthwise convolution: channel `c` of the output from channel `c` of the input. `weight` is `[C, 1, kh, kw]`.
+pub(crate) fn depthwise_forward(isa: Isa, g: Geometry, x: &[f32], weight: &[f32], y: &mut [f32]) {
+    let [oh, ow] = g.outputs();
+    assert_eq!(x.len(), g.n * g.in_blocks() * g.h * g.w * BLOCK);
+    assert_eq!(y.len(), g.n * g.in_blocks() * oh * ow * BLOCK);
+    let source = pad(x, g.h, g.w, [g.padding; 2], [g.padding; 2]);
+    let taps = pack_depthwise(g, weight);
+    let (address, plane, source_w, y) = (source.as_ptr() as usize, source.plane(), source.w, Shared::new(y));
+    parallel(g.n * g.in_blocks(), |index| {
+        let taps = &taps[index % g.in_blocks() * g.taps() * BLOCK..];
+        isa.run(DepthwiseTask {
+            g,
+            source: address,
+            plane,
+            source_w,
+            taps,
+            y,
+            index,
+            pass: Pass::Forward,
+        });
+    });
+}
+
+/// The gradient of a depthwise convolution's input.
+pub(crate) fn depthwise_data_gradient(isa: Isa, g: Geometry, dy: &[f32], weight: &[f32], dx: &mut [f32]) {
+    assert_eq!(dx.len(), g.n * g.in_blocks() * g.h * g.w * BLOCK);
+    // Products are scattered into a padded plane, whose border is then cut off.
+    let (padded_h, padded_w) = (g.h + 2 * g.padding, g.w + 2 * g.padding);
+    let plane = padded_h * padded_w * BLOCK;
+    let taps = pack_depthwise(g, weight);
+    let (planes, row) = (g.h * g.w * BLOCK, g.w * BLOCK);
+    let dx = Shared::new(dx);
+    parallel(g.n * g.in_blocks(), |index| {
+        let mut scattered = Buffer::zeroed(plane);
+        let y = Shared::new(&mut scattered);
+        let taps = &taps[index % g.in_blocks() * g.taps() * BLOCK..];
+        let [oh, ow] = g.outputs();
+        let source = dy[index * oh * ow * BLOCK..].as_ptr() as usize;
+        isa.run(DepthwiseTask {
+            g,
+            source,
+            plane,
+            source_w: padded_w,
+            taps,
+            y,
+            index: 0,
+            pass: Pass::Scatter,
+        });
+        for (line, from) in scattered
+            .chunks_exact(padded_w * BLOCK)
+            .skip(g.padding)
+            .take(g.h)
+            .enumerate()
+        {
+            // SAFETY: each task writes the plane of its index.
+            let to = unsafe { std::slice::from_raw_parts_mut(dx.at(index * planes + line * row), row) };
+            to.copy_from_slice(&from[g.padding * BLOCK..g.padding * BLOCK + row]);
+        }
+    });
+}
+
+/// The gradient of a depthwise convolution's weight.
+pub(crate) fn depthwise_weight_gradient(isa: Isa, g: Geometry, x: &[f32], dy: &[f32], dw: &mut [f32]) {
+    assert_eq!(x.len(), g.n * g.in_blocks() * g.h * g.w * BLOCK);
+    assert_eq!(dw.len(), g.i * g.taps());
+    let source = pad(x, g.h, g.w, [g.padding; 2], [g.padding; 2]);
+    let (address, plane, source_w) = (source.as_ptr() as usize, source.plane(), source.w);
+    let size = g.taps() * BLOCK;
+    let mut sums = Buffer::take(g.n * g.in_blocks() * size);
+    let y = Shared::new(&mut sums);
+    parallel(g.n * g.in_blocks(), |index| {
+        isa.run(DepthwiseTask {
+            g,
+            source: address,
+            plane,
+            source_w,
+            taps: dy,
+            y,
+            index,
+            pass: Pass::Weight,
+        });
+    });
+    for (at, dw) in dw.iter_mut().enumerate() {
+        let (channel, tap) = (at / g.taps(), at % g.taps());
+        let lane = tap * BLOCK + channel % BLOCK;
+        *dw = (0..g.n)
+            .map(|n| sums[(n * g.in_blocks() + channel / BLOCK) * size + lane])
+            .sum();
+    }
+}
+
+/// `[⌈C/16⌉][tap][16]`.
+fn pack_depthwise(g: Geometry, weight: &[f32]) -> Vec<f32> {
+    assert_eq!(weight.len(), g.i * g.taps());
+    let mut packed = vec![0.0; g.in_blocks() * BLOCK * g.taps()];
+    for (index, value) in weight.iter().enumerate() {
+        let (channel, tap) = (index / g.taps(), index % g.taps());
+        packed[(channel / BLOCK * g.taps() + tap) * BLOCK + channel % BLOCK] = *value;
+    }
+    packed
+}
+
+#[derive(Clone, Copy)]
+enum Pass {
+    /// Source: padded input; `taps`: weights; `y`: output.
+    Forward,
+    /// Source: a plane of the output's gradient; `taps`: weights; `y`: padded gradient of the input, zero before.
+    Scatter,
+    /// Source: padded input; `taps`: gradient of the output; `y`: sums `[index][tap][16]`.
+    Weight,
+}
+
+/// One plane of a depthwise convolution.
+struct DepthwiseTask<'a> {
+    g: Geometry,
+    source: usize,
+    plane: usize,
+    source_w: usize,
+    taps: &'a [f32],
+    y: Shared,
+    index: usize,
+    pass: Pass,
+}
+
+impl Kernel for DepthwiseTask<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            g,
+            source,
+            plane,
+            source_w,
+            taps,
+            y,
+            index,
+            pass,
+        } = self;
+        let ([oh, ow], [_, kw]) = (g.outputs(), g.kernel);
+        let offset = |tap: usize| (tap / kw * source_w + tap % kw) * BLOCK;
+        let pixel = |oy: usize, ox: usize| (oy * source_w + ox) * g.stride * BLOCK;
+        // SAFETY: the caller promises the instructions; planes are padded so that every tap lies inside; tasks write
+        // disjoint planes.
+        unsafe {
+            match pass {
+                Pass::Forward => {
+                    let (from, to) = (
+                        (source as *const f32).add(index * plane),
+                        y.at(index * oh * ow * BLOCK),
+                    );
+                    for (oy, ox) in (0..oh).flat_map(|oy| (0..ow).map(move |ox| (oy, ox))) {
+                        let from = from.add(pixel(oy, ox));
+                        let sum = (0..g.taps()).fold(L::zero(), |sum, tap| {
+                            L::load(from.add(offset(tap)))
+                                .mul_add(L::load(taps.as_ptr().add(tap * BLOCK)), sum)
+                        });
+                        sum.store(to.add((oy * ow + ox) * BLOCK));
+                    }
+                }
+                Pass::Scatter => {
+                    let from = source as *const f32;
+                    for (oy, ox) in (0..oh).flat_map(|oy| (0..ow).map(move |ox| (oy, ox))) {
+                        let dy = L::load(from.add((oy * ow + ox) * BLOCK));
+                        for tap in 0..g.taps() {
+                            let to = y.at(pixel(oy, ox) + offset(tap));
+                            dy.mul_add(L::load(taps.as_ptr().add(tap * BLOCK)), L::load(to))
+                                .store(to);
+                        }
+                    }
+                }
+                Pass::Weight => {
+                    let from = (source as *const f32).add(index * plane);
+                    let dy = taps.as_ptr().add(index * oh * ow * BLOCK);
+                    for tap in 0..g.taps() {
+                        let mut sum = L::zero();
+                        for (oy, ox) in (0..oh).flat_map(|oy| (0..ow).map(move |ox| (oy, ox))) {
+                            let x = L::load(from.add(pixel(oy, ox) + offset(tap)));
+                            sum = x.mul_add(L::load(dy.add((oy * ow + ox) * BLOCK)), sum);
+                        }
+                        sum.store(y.at((index * g.taps() + tap) * BLOCK));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::{block, naive_forward, naive_gradients, normal, relative_rms, unblock};
+
+    const BOUND: f64 = 1e-6;
+
+    #[test]
+    fn agrees_with_float64_on_every_instruction_set() {
+        for isa in Isa::available() {
+            for (n, i, o, h, w, kernel, stride, padding) in [
+                (2, 3, 64, 12, 9, [3, 3], 1, 1),
+                (1, 6, 16, 5, 7, [3, 3], 1, 1),
+                (3, 32, 40, 9, 8, [3, 3], 2, 1),
+                (2, 17, 96, 7, 7, [3, 3], 2, 1),
+                (2, 32, 64, 6, 5, [1, 1], 1, 0),
+                (2, 16, 33, 7, 6, [1, 1], 2, 0),
+                (1, 10, 16, 9, 11, [3, 3], 1, 0),
+                (2, 3, 20, 15, 14, [7, 7], 2, 3),
+                (1, 48, 64, 3, 3, [2, 2], 1, 0),
+                (2, 20, 3, 4, 4, [1, 1], 1, 0),
+                (1, 16, 16, 2, 2, [1, 1], 3, 0),
+                (1, 1, 1, 1, 1, [3, 3], 2, 1),
+            ] {
+                let g = Geometry {
+                    n,
+                    i,
+                    o,
+                    h,
+                    w,
+                    kernel,
+                    stride,
+                    padding,
+                };
+                let [oh, ow] = g.outputs();
+                let (x, weight) = (normal(n * i * h * w, 1), normal(o * i * g.taps(), 2));
+                let dy = normal(n * o * oh * ow, 3);
+                let (blocked_x, blocked_dy) = (block(&x, n, i, h * w), block(&dy, n, o, oh * ow));
+
+                let mut y = vec![f32::NAN; n * o.next_multiple_of(BLOCK) * oh * ow];
+                forward(isa, g, &blocked_x, &weight, &mut y);
+                let error = relative_rms(&unblock(&y, n, o, oh * ow), &naive_forward(g, &x, &weight));
+                assert!(error < BOUND, "{isa:?} {g:?}: forward is off by {error:.1e}");
+
+                let (exact_dx, exact_dw) = naive_gradients(g, &x, &weight, &dy);
+                let mut dx = vec![f32::NAN; n * i.next_multiple_of(BLOCK) * h * w];
+                data_gradient(isa, g, &blocked_dy, &weight, &mut dx);
+                let error = relative_rms(&unblock(&dx, n, i, h * w), &exact_dx);
+                assert!(
+                    error < BOUND,
+                    "{isa:?} {g:?}: data gradient is off by {error:.1e}"
+                );
+
+                let mut dw = vec![f32::NAN; weight.len()];
+                weight_gradient(isa, g, &blocked_x, &blocked_dy, &mut dw);
+                let error = relative_rms(&dw, &exact_dw);
+                assert!(
+                    error < BOUND,
+                    "{isa:?} {g:?}: weight gradient is off by {error:.1e}"
+                );
+            }
+        }
+    }
+
+    /// A depthwise convolution is an ordinary one whose weight is zero between different channels.
+    #[test]
+    fn depthwise_agrees_with_float64_on_every_instruction_set() {
+        for isa in Isa::available() {
+            for (n, c, h, w, kernel, stride, padding) in [
+                (2, 20, 7, 6, [3, 3], 1, 1),
+                (1, 32, 8, 9, [3, 3], 2, 1),
+                (2, 16, 7, 6, [7, 6], 1, 0),
+            ] {
+                let g = Geometry {
+                    n,
+                    i: c,
+                    o: c,
+                    h,
+                    w,
+                    kernel,
+                    stride,
+                    padding,
+                };
+                let [oh, ow] = g.outputs();
+                let (x, weight) = (normal(n * c * h * w, 1), normal(c * g.taps(), 2));
+                let dy = normal(n * c * oh * ow, 3);
+                let mut full = vec![0.0; c * c * g.taps()];
+                for (channel, taps) in weight.chunks_exact(g.taps()).enumerate() {
+                    full[channel * (c + 1) * g.taps()..][..g.taps()].copy_from_slice(taps);
+                }
+                let (blocked_x, blocked_dy) = (block(&x, n, c, h * w), block(&dy, n, c, oh * ow));
+
+                let mut y = vec![f32::NAN; blocked_dy.len()];
+                depthwise_forward(isa, g, &blocked_x, &weight, &mut y);
+                let error = relative_rms(&unblock(&y, n, c, oh * ow), &naive_forward(g, &x, &full));
+                assert!(error < BOUND, "{isa:?} {g:?}: forward is off by {error:.1e}");
+
+                let (exact_dx, exact_dw) = naive_gradients(g, &x, &full, &dy);
+                let mut dx = vec![f32::NAN; blocked_x.len()];
+                depthwise_data_gradient(isa, g, &blocked_dy, &weight, &mut dx);
+                let error = relative_rms(&unblock(&dx, n, c, h * w), &exact_dx);
+                assert!(
+                    error < BOUND,
+                    "{isa:?} {g:?}: data gradient is off by {error:.1e}"
+                );
+
+                let mut dw = vec![f32::NAN; weight.len()];
+                depthwise_weight_gradient(isa, g, &blocked_x, &blocked_dy, &mut dw);
+                let exact: Vec<_> = (0..c)
+                    .flat_map(|channel| exact_dw[channel * (c + 1) * g.taps()..][..g.taps()].to_vec())
+                    .collect();
+                let error = relative_rms(&dw, &exact);
+                assert!(
+                    error < BOUND,
+                    "{isa:?} {g:?}: weight gradient is off by {error:.1e}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn results_do_not_depend_on_the_number_of_threads() {
+        let g = Geometry {
+            n: 5,
+            i: 32,
+            o: 80,
+            h: 13,
+            w: 12,
+            kernel: [3, 3],
+            stride: 2,
+            padding: 1,
+        };
+        let [oh, ow] = g.outputs();
+        let x = normal(g.n * g.i * g.h * g.w, 1);
+        let dy = normal(g.n * g.o * oh * ow, 2);
+        let weight = normal(g.o * g.i * 9, 3);
+        let mut results = [1, 2, 3].into_iter().map(|threads| {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .expect("a thread pool");
+            pool.install(|| {
+                let (mut y, mut dx, mut dw) = (dy.clone(), x.clone(), weight.clone());
+                forward(Isa::best(), g, &x, &weight, &mut y);
+                data_gradient(Isa::best(), g, &dy, &weight, &mut dx);
+                weight_gradient(Isa::best(), g, &x, &dy, &mut dw);
+                (y, dx, dw)
+            })
+        });
+        let one = results.next().expect("one thread");
+        assert!(results.all(|more| more == one));
+    }
+}

@@ -1,0 +1,343 @@
+//! Sixteen floats at a time on the instruction set at hand.
+
+use std::sync::OnceLock;
+
+/// An instruction set that kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Isa {
+    /// AVX-512F: one register holds sixteen floats.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// AVX2 with FMA: two registers hold sixteen floats.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// Whatever the compiler makes of arrays of sixteen floats for the target.
+    Portable,
+}
+
+impl Isa {
+    /// The best instruction set of this processor.
+    pub(crate) fn best() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available()[0])
+    }
+
+    /// Every instruction set of this processor, best first.
+    pub(crate) fn available() -> Vec<Self> {
+        let mut sets = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx512f") {
+                sets.push(Self::Avx512);
+            }
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                sets.push(Self::Avx2);
+            }
+        }
+        sets.push(Self::Portable);
+        sets
+    }
+
+    /// Blocks of sixteen output channels that a register tile spans: [`Lanes::TILE_BLOCKS`] of the set's lanes.
+    pub(crate) fn tile_blocks(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => <x86::Avx512 as Lanes>::TILE_BLOCKS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => <x86::Avx2 as Lanes>::TILE_BLOCKS,
+            Self::Portable => <Portable as Lanes>::TILE_BLOCKS,
+        }
+    }
+
+    /// Runs a kernel compiled for this instruction set.
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            // SAFETY: values of `Isa` other than `Portable` come from `available`, which asks the processor.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => unsafe { x86::run_avx512(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => unsafe { x86::run_avx2(kernel) },
+            // SAFETY: portable lanes need no particular instructions.
+            Self::Portable => unsafe { kernel.run::<Portable>() },
+        }
+    }
+}
+
+/// A piece of work that is compiled once for each instruction set.
+pub(crate) trait Kernel {
+    /// What the work returns.
+    type Output;
+
+    /// Does the work. Implementations are `#[inline(always)]`, so that they are compiled with the features of the
+    /// function that calls them.
+    ///
+    /// # Safety
+    /// The processor must have the instructions of `L`.
+    unsafe fn run<L: Lanes>(self) -> Self::Output;
+}
+
+/// Sixteen floats.
+///
+/// # Safety
+/// Every function requires a processor with the instructions of the type: call them from [`Kernel::run`] only.
+/// `load` and `store` require an address valid for sixteen floats, of any alignment.
+pub(crate) trait Lanes: Copy {
+    /// Blocks of sixteen columns in a register tile, as many as the registers hold beside six rows.
+    const TILE_BLOCKS: usize;
+
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    unsafe fn splat(value: f32) -> Self;
+    unsafe fn add(self, other: Self) -> Self;
+    unsafe fn sub(self, other: Self) -> Self;
+    unsafe fn mul(self, other: Self) -> Self;
+    /// `self · factor + term`.
+    unsafe fn mul_add(self, factor: Self, term: Self) -> Self;
+    unsafe fn max(self, other: Self) -> Self;
+    unsafe fn min(self, other: Self) -> Self;
+    /// `above` where `self > bound`, `otherwise` elsewhere.
+    unsafe fn select_greater(self, bound: Self, above: Self, otherwise: Self) -> Self;
+
+    /// Sixteen zeros.
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { Self::splat(0.0) }
+    }
+}
+
+/// Lanes as an array, for processors without a path of their own.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable([f32; 16]);
+
+impl Portable {
+    #[inline(always)]
+    fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Self(std::array::from_fn(|lane| f(self.0[lane], other.0[lane])))
+    }
+}
+
+impl Lanes for Portable {
+    const TILE_BLOCKS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller promises sixteen floats.
+        Self(unsafe { from.cast::<[f32; 16]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller promises sixteen floats.
+        unsafe { to.cast::<[f32; 16]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Self([value; 16])
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        self.zip(other, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        self.zip(other, |a, b| a - b)
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        self.zip(other, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(self, factor: Self, term: Self) -> Self {
+        // Without the instruction, `f32::mul_add` is a call into the C library.
+        const FUSED: bool = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
+        Self(std::array::from_fn(|lane| {
+            let (a, b, c) = (self.0[lane], factor.0[lane], term.0[lane]);
+            if FUSED { a.mul_add(b, c) } else { a * b + c }
+        }))
+    }
+
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    unsafe fn min(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a < b { a } else { b })
+    }
+
+    #[inline(always)]
+    unsafe fn select_greater(self, bound: Self, above: Self, otherwise: Self) -> Self {
+        Self(std::array::from_fn(|lane| {
+            if self.0[lane] > bound.0[lane] {
+                above.0[lane]
+            } else {
+                otherwise.0[lane]
+            }
+        }))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{Kernel, Lanes};
+
+    /// # Safety
+    /// The processor must have AVX-512F.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: the caller's promise.
+        unsafe { kernel.run::<Avx512>() }
+    }
+
+    /// # Safety
+    /// The processor must have AVX2 and FMA.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: the caller's promise.
+        unsafe { kernel.run::<Avx2>() }
+    }
+
+    #[derive(Clone, Copy)]
+    pub(super) struct Avx512(__m512);
+
+    #[derive(Clone, Copy)]
+    pub(super) struct Avx2(__m256, __m256);
+
+    // SAFETY of all blocks below: the trait demands of its callers the instructions and valid addresses.
+
+    impl Lanes for Avx512 {
+        const TILE_BLOCKS: usize = 4;
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { Self(_mm512_loadu_ps(from)) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm512_storeu_ps(to, self.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { Self(_mm512_set1_ps(value)) }
+        }
+
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            unsafe { Self(_mm512_add_ps(self.0, other.0)) }
+        }
+
+        #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            unsafe { Self(_mm512_sub_ps(self.0, other.0)) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul(self, other: Self) -> Self {
+            unsafe { Self(_mm512_mul_ps(self.0, other.0)) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul_add(self, factor: Self, term: Self) -> Self {
+            unsafe { Self(_mm512_fmadd_ps(self.0, factor.0, term.0)) }
+        }
+
+        #[inline(always)]
+        unsafe fn max(self, other: Self) -> Self {
+            unsafe { Self(_mm512_max_ps(self.0, other.0)) }
+        }
+
+        #[inline(always)]
+        unsafe fn min(self, other: Self) -> Self {
+            unsafe { Self(_mm512_min_ps(self.0, other.0)) }
+        }
+
+        #[inline(always)]
+        unsafe fn select_greater(self, bound: Self, above: Self, otherwise: Self) -> Self {
+            unsafe {
+                let mask = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, bound.0);
+                Self(_mm512_mask_blend_ps(mask, otherwise.0, above.0))
+            }
+        }
+    }
+
+    impl Lanes for Avx2 {
+        const TILE_BLOCKS: usize = 1;
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe {
+                _mm256_storeu_ps(to, self.0);
+                _mm256_storeu_ps(to.add(8), self.1);
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { Self(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
+        }
+
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            unsafe { Self(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
+        }
+
+        #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            unsafe { Self(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul(self, other: Self) -> Self {
+            unsafe { Self(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul_add(self, factor: Self, term: Self) -> Self {
+            unsafe {
+                Self(
+                    _mm256_fmadd_ps(self.0, factor.0, term.0),
+                    _mm256_fmadd_ps(self.1, factor.1, term.1),
+                )
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn max(self, other: Self) -> Self {
+            unsafe { Self(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
+        }
+
+        #[inline(always)]
+        unsafe fn min(self, other: Self) -> Self {
+            unsafe { Self(_mm256_min_ps(self.0, other.0), _mm256_min_ps(self.1, other.1)) }
+        }
+
+        #[inline(always)]
+        unsafe fn select_greater(self, bound: Self, above: Self, otherwise: Self) -> Self {
+            unsafe {
+                let low = _mm256_cmp_ps::<_CMP_GT_OQ>(self.0, bound.0);
+                let high = _mm256_cmp_ps::<_CMP_GT_OQ>(self.1, bound.1);
+                Self(
+                    _mm256_blendv_ps(otherwise.0, above.0, low),
+                    _mm256_blendv_ps(otherwise.1, above.1, high),
+                )
+            }
+        }
+    }
+}

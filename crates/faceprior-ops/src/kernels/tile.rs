@@ -1,0 +1,134 @@
+//! The register tile: the one matrix product that all convolutions are made of.
+
+use super::lanes::Lanes;
+
+/// Rows of a register tile: with four blocks of columns, 24 of AVX-512's 32 registers accumulate.
+pub(crate) const TILE_ROWS: usize = 6;
+
+/// How the operands of [`multiply`] lie in memory, all distances in floats.
+#[derive(Clone, Copy)]
+pub(crate) struct Strides {
+    /// Between rows of A.
+    pub(crate) a_row: usize,
+    /// Between neighbours along the inner dimension of A.
+    pub(crate) a_inner: usize,
+    /// Between neighbours along the inner dimension of B.
+    pub(crate) b_inner: usize,
+    /// Between blocks of sixteen columns of B.
+    pub(crate) b_block: usize,
+    /// Between rows of C.
+    pub(crate) c_row: usize,
+    /// Between blocks of sixteen columns of C.
+    pub(crate) c_block: usize,
+}
+
+/// Runs of the inner dimension: `length` terms for each pair of offsets into A and B.
+///
+/// A dense product is one run. An implicit product (a convolution that is never unrolled in memory) has one run for
+/// each kernel tap and block of input channels.
+#[derive(Clone, Copy)]
+pub(crate) struct Runs<'a> {
+    pub(crate) offsets: &'a [(usize, usize)],
+    pub(crate) length: usize,
+}
+
+/// C = A·B, or C += A·B, for `rows` rows and `blocks`·16 columns.
+///
+/// Each element of C is one chain of fused multiply-adds in the order of the inner dimension, however the rows are
+/// grouped, so results do not depend on the split of rows between tasks.
+///
+/// # Safety
+/// The processor has the instructions of `L`; `blocks ≤ L::TILE_BLOCKS`; all strides stay inside the operands, and C
+/// overlaps neither A nor B.
+#[inline(always)]
+pub(crate) unsafe fn multiply<L: Lanes>(
+    rows: usize,
+    blocks: usize,
+    runs: Runs,
+    strides: Strides,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    accumulate: bool,
+) {
+    // Groups of nearly equal height: 7 rows are 4 + 3, not 6 + 1.
+    let groups = rows.div_ceil(TILE_ROWS);
+    let mut row = 0;
+    for group in 0..groups {
+        let height = (rows - row).div_ceil(groups - group);
+        // SAFETY: rows `row .. row + height` lie inside the operands, as the caller promises for all rows.
+        unsafe {
+            let (a, c) = (a.add(row * strides.a_row), c.add(row * strides.c_row));
+            macro_rules! dispatch {
+                ($blocks:literal) => {
+                    match height {
+                        6 => tile::<L, 6, $blocks>(runs, strides, a, b, c, accumulate),
+                        5 => tile::<L, 5, $blocks>(runs, strides, a, b, c, accumulate),
+                        4 => tile::<L, 4, $blocks>(runs, strides, a, b, c, accumulate),
+                        3 => tile::<L, 3, $blocks>(runs, strides, a, b, c, accumulate),
+                        2 => tile::<L, 2, $blocks>(runs, strides, a, b, c, accumulate),
+                        _ => tile::<L, 1, $blocks>(runs, strides, a, b, c, accumulate),
+                    }
+                };
+            }
+            if L::TILE_BLOCKS == 1 || blocks == 1 {
+                dispatch!(1)
+            } else {
+                match blocks {
+                    4 => dispatch!(4),
+                    3 => dispatch!(3),
+                    _ => dispatch!(2),
+                }
+            }
+        }
+        row += height;
+    }
+}
+
+/// One register tile of `ROWS` rows and `BLOCKS`·16 columns.
+///
+/// # Safety
+/// As for [`multiply`].
+#[inline(always)]
+unsafe fn tile<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
+    runs: Runs,
+    strides: Strides,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    accumulate: bool,
+) {
+    // SAFETY: the caller promises instructions and addresses.
+    unsafe {
+        let mut sums = [[L::zero(); BLOCKS]; ROWS];
+        if accumulate {
+            for (row, sums) in sums.iter_mut().enumerate() {
+                for (block, sum) in sums.iter_mut().enumerate() {
+                    *sum = L::load(c.add(row * strides.c_row + block * strides.c_block));
+                }
+            }
+        }
+        for &(a_offset, b_offset) in runs.offsets {
+            let (mut a, mut b) = (a.add(a_offset), b.add(b_offset));
+            for _ in 0..runs.length {
+                let mut columns = [L::zero(); BLOCKS];
+                for (block, column) in columns.iter_mut().enumerate() {
+                    *column = L::load(b.add(block * strides.b_block));
+                }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let factor = L::splat(*a.add(row * strides.a_row));
+                    for (sum, column) in sums.iter_mut().zip(columns) {
+                        *sum = factor.mul_add(column, *sum);
+                    }
+                }
+                a = a.wrapping_add(strides.a_inner);
+                b = b.wrapping_add(strides.b_inner);
+            }
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            for (block, sum) in sums.iter().enumerate() {
+                sum.store(c.add(row * strides.c_row + block * strides.c_block));
+            }
+        }
+    }
+}

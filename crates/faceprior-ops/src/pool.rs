@@ -1,0 +1,236 @@
+//! Reused buffers for the results and intermediates of kernels.
+//!
+//! Fresh memory costs more than the arithmetic of most operations: the system hands out pages one fault at a time and
+//! clears each. A training step needs the same sizes again and again, so buffers go back to a pool when the tensor
+//! that holds them is dropped. The pool never makes the program larger than the most it has had in use at one time
+//! (rounding of sizes apart): above that, kept buffers are given back to the system.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::collections::BTreeMap;
+use std::mem::MaybeUninit;
+use std::ptr::NonNull;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use cubecl_environment::bytes::{AccessError, AccessPolicy, AllocationController, AllocationProperty, Bytes};
+
+/// Alignment of every buffer: a cache line, and a whole AVX-512 register.
+const ALIGN: usize = 64;
+
+/// A buffer of floats that goes back to the pool when dropped. Contents start as whatever was left there.
+#[derive(Debug)]
+pub(crate) struct Buffer {
+    start: NonNull<f32>,
+    /// Bytes of the allocation, a size class of the pool.
+    capacity: usize,
+    /// Floats asked for.
+    length: usize,
+}
+
+// SAFETY: the buffer owns its memory, as a `Vec<f32>` does.
+unsafe impl Send for Buffer {}
+// SAFETY: as above.
+unsafe impl Sync for Buffer {}
+
+impl Buffer {
+    /// Takes a buffer of `length` floats with unspecified values.
+    pub(crate) fn take(length: usize) -> Self {
+        let capacity = size_class(length * size_of::<f32>());
+        let start = match state().take(capacity) {
+            Some(Kept(start)) => start,
+            None => {
+                let layout = layout(capacity);
+                // SAFETY: the layout is not empty. Zeroed, so that every float is initialised from the beginning.
+                let start = unsafe { alloc_zeroed(layout) };
+                NonNull::new(start.cast()).unwrap_or_else(|| handle_alloc_error(layout))
+            }
+        };
+        Self {
+            start,
+            capacity,
+            length,
+        }
+    }
+
+    /// Takes a buffer of `length` zeros.
+    pub(crate) fn zeroed(length: usize) -> Self {
+        let mut buffer = Self::take(length);
+        buffer.fill(0.0);
+        buffer
+    }
+
+    /// Turns the buffer into the storage of a tensor; it returns to the pool when the last such tensor is dropped.
+    pub(crate) fn into_bytes(self) -> Bytes {
+        let length = self.length * size_of::<f32>();
+        // SAFETY: the controller's memory holds at least `length` initialised bytes.
+        unsafe { Bytes::from_controller(Box::new(self), length) }
+    }
+}
+
+impl std::ops::Deref for Buffer {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        // SAFETY: `start` is valid for `length` initialised floats and owned.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
+    }
+}
+
+impl std::ops::DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as in `deref`, and `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let given_back = state().give(self.capacity, Kept(self.start));
+        release(given_back);
+    }
+}
+
+impl AllocationController for Buffer {
+    fn alloc_align(&self) -> usize {
+        ALIGN
+    }
+
+    fn property(&self) -> AllocationProperty {
+        AllocationProperty::Other
+    }
+
+    unsafe fn memory_mut(&mut self, _policy: AccessPolicy) -> Result<&mut [MaybeUninit<u8>], AccessError> {
+        // SAFETY: the whole allocation is valid and owned; the caller writes initialised bytes only.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.capacity) })
+    }
+
+    fn memory(&self, _policy: AccessPolicy) -> Result<&[MaybeUninit<u8>], AccessError> {
+        // SAFETY: the whole allocation is valid and owned.
+        Ok(unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.capacity) })
+    }
+}
+
+/// Memory that nobody uses at the moment.
+struct Kept(NonNull<f32>);
+
+// SAFETY: kept memory belongs to the pool alone.
+unsafe impl Send for Kept {}
+
+#[derive(Default)]
+struct State {
+    kept: BTreeMap<usize, Vec<Kept>>,
+    bytes_kept: usize,
+    bytes_in_use: usize,
+    most_in_use: usize,
+}
+
+static STATE: Mutex<State> = Mutex::new(State {
+    kept: BTreeMap::new(),
+    bytes_kept: 0,
+    bytes_in_use: 0,
+    most_in_use: 0,
+});
+
+fn state() -> MutexGuard<'static, State> {
+    // No code panics while it holds the lock with the state half changed.
+    STATE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl State {
+    fn take(&mut self, capacity: usize) -> Option<Kept> {
+        self.bytes_in_use += capacity;
+        self.most_in_use = self.most_in_use.max(self.bytes_in_use);
+        let kept = self.kept.get_mut(&capacity).and_then(Vec::pop);
+        match &kept {
+            Some(_) => self.bytes_kept -= capacity,
+            None => release(self.surplus()),
+        }
+        kept
+    }
+
+    fn give(&mut self, capacity: usize, memory: Kept) -> Vec<(usize, Kept)> {
+        self.bytes_in_use -= capacity;
+        self.bytes_kept += capacity;
+        self.kept.entry(capacity).or_default().push(memory);
+        self.surplus()
+    }
+
+    /// Removes kept buffers, largest first, until the pool is no larger than what was once in use.
+    fn surplus(&mut self) -> Vec<(usize, Kept)> {
+        let mut surplus = Vec::new();
+        while self.bytes_in_use + self.bytes_kept > self.most_in_use {
+            let Some(mut class) = self.kept.last_entry() else {
+                break;
+            };
+            let capacity = *class.key();
+            match class.get_mut().pop() {
+                Some(memory) => {
+                    self.bytes_kept -= capacity;
+                    surplus.push((capacity, memory));
+                }
+                None => {
+                    class.remove();
+                }
+            }
+        }
+        surplus
+    }
+}
+
+fn release(memory: Vec<(usize, Kept)>) {
+    for (capacity, Kept(start)) in memory {
+        // SAFETY: allocated by `Buffer::take` with this layout, and taken out of the pool for good.
+        unsafe { dealloc(start.as_ptr().cast(), layout(capacity)) }
+    }
+}
+
+fn layout(capacity: usize) -> Layout {
+    Layout::from_size_align(capacity, ALIGN).expect("a size class fits the address space")
+}
+
+/// Rounds up to one of eight sizes per power of two, at least a cache line.
+fn size_class(bytes: usize) -> usize {
+    let bytes = bytes.max(ALIGN);
+    let step = (bytes.next_power_of_two() / 16).max(ALIGN);
+    bytes.next_multiple_of(step)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn size_classes_waste_little_and_are_aligned() {
+        for bytes in [1, 64, 65, 1000, 4096, 5000, 1 << 20, (1 << 20) + 1, 123_456_789] {
+            let class = size_class(bytes);
+            assert!(class >= bytes && class % ALIGN == 0 && (class - bytes) * 8 <= bytes.max(8 * ALIGN));
+            assert_eq!(size_class(class), class);
+        }
+    }
+
+    #[test]
+    fn surplus_goes_back_and_most_in_use_bounds_the_pool() {
+        let mut state = State::default();
+        let memory = || Kept(NonNull::dangling());
+        assert!(state.take(128).is_none());
+        assert!(state.take(64).is_none());
+        assert!(state.give(128, memory()).is_empty());
+        assert!(state.give(64, memory()).is_empty());
+        assert!(state.take(64).is_some());
+        assert_eq!((state.bytes_in_use, state.bytes_kept), (64, 128));
+        // A miss of another size: 64 in use, 128 kept and 64 new would be more than the 192 once in use.
+        state.bytes_in_use += 64;
+        assert_eq!(state.surplus().iter().map(|kept| kept.0).sum::<usize>(), 128);
+        assert_eq!((state.bytes_in_use, state.bytes_kept), (128, 0));
+    }
+
+    #[test]
+    fn a_buffer_is_aligned_and_outlives_the_bytes_made_of_it() {
+        let mut buffer = Buffer::zeroed(1000);
+        assert_eq!(buffer.as_ptr() as usize % ALIGN, 0);
+        buffer[999] = 1.0;
+        let bytes = buffer.into_bytes();
+        assert_eq!(bytes.len(), 4000);
+        let floats: &[f32] = bytemuck::cast_slice(&bytes);
+        assert_eq!((floats[0], floats[999]), (0.0, 1.0));
+    }
+}
