@@ -12,6 +12,19 @@
 //! Whatever is random is a function of a seed and a clock ([`random::stream`]), never of the order in which threads
 //! happen to run: a [`Loader`] made at any [`Position`] goes on with exactly the batches that the uninterrupted one
 //! would have given.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use faceprior_data::{Loader, LoaderConfig, Position, SyntheticFaces, Transform};
+//!
+//! let faces = Arc::new(SyntheticFaces::new(0, 8, 4, 32));
+//! let config = LoaderConfig { batch_size: 16, ..LoaderConfig::default() };
+//! let mut loader = Loader::new(faces, Transform::augment(32), config, Position::default())?;
+//! let batch = loader.next()?;
+//! assert_eq!((batch.shape, batch.labels.len()), ([16, 3, 32, 32], 16));
+//! assert_eq!(loader.position(), Position { epoch: 0, batch: 1 });
+//! # Ok::<(), faceprior_data::DataError>(())
+//! ```
 
 mod dataset;
 mod error;

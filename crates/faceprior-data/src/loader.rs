@@ -115,7 +115,10 @@ struct Ticket {
     outcome: Result<(), DataError>,
 }
 
-/// Endless batches of a [`Dataset`]; see the [module's description](self).
+/// Endless batches of a [`Dataset`], prepared ahead on worker threads.
+///
+/// The order is a permutation by (seed, epoch), the augmentation a function of (seed, epoch, place in the epoch): the
+/// number of workers does not show, and a loader started at any [`Position`] goes on exactly there.
 pub struct Loader {
     dataset: Arc<dyn Dataset>,
     config: LoaderConfig,

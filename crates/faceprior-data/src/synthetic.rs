@@ -1031,7 +1031,7 @@ impl<'a> Scene<'a> {
         if density <= 0.0 {
             return skin;
         }
-        let texture = 1.0 + 0.35 * noise(who.seed ^ 3, 24.0 * u, 15.0 * v);
+        let texture = 1.0 + 0.22 * noise(who.seed ^ 3, 42.0 * u, 26.0 * v);
         mix(
             skin,
             scaled(self.hair, 1.15),
