@@ -81,11 +81,11 @@ pub struct Align {
     /// Where crops and lists go
     pub out: PathBuf,
     /// One face a picture, written under the picture's own relative path: which one
-    #[arg(long, value_name = "WHICH", num_args = 0..=1, default_missing_value = "centre")]
+    #[arg(long, value_name = "WHICH", num_args = 0..=1, default_missing_value = "center")]
     pub one: Option<OneFace>,
     /// With --one, cut the centre out of a picture without a face instead of leaving it out
     #[arg(long, requires = "one")]
-    pub centre_fallback: bool,
+    pub center_fallback: bool,
     /// Size of the crops, width x height; the template is the 112 x 112 one, or without its margin for 96 x 112
     #[arg(long, default_value = "112x112", value_name = "WxH", value_parser = parse_size)]
     pub size: (usize, usize),
@@ -110,7 +110,7 @@ pub struct Align {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OneFace {
     /// The face nearest the picture's centre
-    Centre,
+    Center,
     /// The largest face
     Largest,
     /// The face with the highest score

@@ -71,6 +71,16 @@ pub fn describe(device: &Device) -> String {
         })
 }
 
+/// The processor's name, where the system tells it.
+pub fn processor() -> String {
+    let listed = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    listed
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':'))
+        .map_or(std::env::consts::ARCH, |(_, name)| name.trim())
+        .to_owned()
+}
+
 /// The GPU features this program was built with.
 pub fn built_features() -> Vec<&'static str> {
     [

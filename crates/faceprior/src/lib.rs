@@ -10,3 +10,6 @@ pub use faceprior_ops as ops;
 pub use faceprior_train as train;
 
 pub mod device;
+pub mod findings;
+pub mod pipeline;
+pub mod report;

@@ -33,7 +33,7 @@ pub fn run(context: &Context) -> Result<()> {
     let findings = Findings {
         version: env!("CARGO_PKG_VERSION"),
         threads: rayon::current_num_threads(),
-        processor: processor(),
+        processor: device::processor(),
         instructions: instructions(),
         features: device::built_features(),
         devices: devices(),
@@ -62,16 +62,6 @@ pub fn run(context: &Context) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The processor's name, where the system tells it.
-fn processor() -> String {
-    let listed = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    listed
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(':'))
-        .map_or(std::env::consts::ARCH, |(_, name)| name.trim())
-        .to_owned()
 }
 
 /// The instruction sets that kernels choose among.

@@ -4,9 +4,20 @@ use anyhow::{Context as _, Result};
 use burn::tensor::Device;
 use serde::Serialize;
 
+use clap::CommandFactory;
+
 use crate::args::{Arguments, Command};
 
+mod align;
+mod bench;
+mod demo;
 mod doctor;
+mod embed;
+mod eval;
+mod model;
+mod pipeline;
+mod recipe;
+mod train;
 
 /// What every command shares.
 pub struct Context {
@@ -16,6 +27,8 @@ pub struct Context {
     pub json: bool,
     /// No progress bars.
     pub quiet: bool,
+    /// CPU threads; `None` for one a core.
+    pub threads: Option<usize>,
 }
 
 impl Context {
@@ -26,16 +39,29 @@ impl Context {
 }
 
 pub fn run(arguments: Arguments) -> Result<()> {
-    if let Some(threads) = arguments.threads {
+    let threads = arguments.threads.map(usize::from);
+    if let Some(threads) = threads {
         rayon::ThreadPoolBuilder::new()
-            .num_threads(threads.into())
+            .num_threads(threads)
             .build_global()
             .context("cannot set the number of threads")?;
     }
-    let context = Context { device: arguments.device, json: arguments.json, quiet: arguments.quiet };
+    let context = Context { device: arguments.device, json: arguments.json, quiet: arguments.quiet, threads };
     match arguments.command {
+        Command::Demo(arguments) => demo::run(&context, arguments),
+        Command::Align(arguments) => align::run(&context, arguments),
+        Command::Train(arguments) => train::run(&context, arguments),
+        Command::Pipeline(arguments) => pipeline::run(&context, arguments),
+        Command::Eval(arguments) => eval::run(&context, arguments),
+        Command::Embed(arguments) => embed::run(&context, arguments),
+        Command::Recipe(arguments) => recipe::run(&context, arguments),
+        Command::Model(arguments) => model::run(&context, arguments),
+        Command::Bench(arguments) => bench::run(&context, arguments),
         Command::Doctor => doctor::run(&context),
-        _ => anyhow::bail!("not yet"),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Arguments::command(), "faceprior", &mut std::io::stdout());
+            Ok(())
+        }
     }
 }
 
