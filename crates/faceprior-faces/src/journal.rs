@@ -57,7 +57,9 @@ pub struct FaceRecord {
 /// # Errors
 /// [`FacesError::Output`] if the file cannot be read; each item [`FacesError::Record`] for a line that is no record.
 /// A last line without its newline is not an error: a killed run may leave it.
-pub fn read_records(path: &Path) -> Result<impl Iterator<Item = Result<PictureRecord, FacesError>>, FacesError> {
+pub fn read_records(
+    path: &Path,
+) -> Result<impl Iterator<Item = Result<PictureRecord, FacesError>>, FacesError> {
     Ok(Lines::open(path)?.map(|line| line.map(|line| line.record)))
 }
 
@@ -78,7 +80,13 @@ struct Lines {
 impl Lines {
     fn open(path: &Path) -> Result<Self, FacesError> {
         let file = File::open(path).map_err(|source| output("read", path, source))?;
-        Ok(Self { path: path.to_owned(), reader: BufReader::new(file), number: 0, end: 0, buffer: Vec::new() })
+        Ok(Self {
+            path: path.to_owned(),
+            reader: BufReader::new(file),
+            number: 0,
+            end: 0,
+            buffer: Vec::new(),
+        })
     }
 }
 
@@ -100,7 +108,10 @@ impl Iterator for Lines {
             line: self.number,
             reason: error.to_string(),
         });
-        Some(record.map(|record| Line { record, end: self.end }))
+        Some(record.map(|record| Line {
+            record,
+            end: self.end,
+        }))
     }
 }
 
@@ -206,7 +217,10 @@ impl Journal {
         let entries = fs::read_dir(out).map_err(|source| output("list", out, source))?;
         for entry in entries {
             let path = entry.map_err(|source| output("list", out, source))?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let name = path
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or_default();
             let is_part = name == "faces.jsonl" || (name.starts_with("faces-") && name.ends_with(".jsonl"));
             if is_part && path != self.path {
                 for record in read_records(&path)? {
@@ -247,7 +261,8 @@ impl Journal {
     /// A picture that cannot be read, and why, on one line.
     pub(crate) fn unreadable(&mut self, picture: &str, reason: &str) -> Result<(), FacesError> {
         self.counts.unreadable += 1;
-        self.unreadable.push(&format!("{picture}\t{}", reason.replace('\n', "; ")))
+        self.unreadable
+            .push(&format!("{picture}\t{}", reason.replace('\n', "; ")))
     }
 
     /// Commits if it is time to.
@@ -280,7 +295,9 @@ impl Journal {
     }
 
     fn truncate(&self) -> Result<(), FacesError> {
-        self.file.set_len(self.len).map_err(|source| output("write", &self.path, source))
+        self.file
+            .set_len(self.len)
+            .map_err(|source| output("write", &self.path, source))
     }
 }
 
@@ -293,7 +310,10 @@ struct TextList {
 impl TextList {
     fn create(path: PathBuf) -> Result<Self, FacesError> {
         let file = File::create(&path).map_err(|source| output("write", &path, source))?;
-        Ok(Self { path, writer: BufWriter::new(file) })
+        Ok(Self {
+            path,
+            writer: BufWriter::new(file),
+        })
     }
 
     fn push(&mut self, line: &str) -> Result<(), FacesError> {
@@ -301,7 +321,9 @@ impl TextList {
     }
 
     fn flush(&mut self) -> Result<(), FacesError> {
-        self.writer.flush().map_err(|source| output("write", &self.path, source))
+        self.writer
+            .flush()
+            .map_err(|source| output("write", &self.path, source))
     }
 }
 
@@ -335,7 +357,11 @@ struct SettingsFile {
 
 /// Writes the settings into a new folder, or compares them with those that the folder was made with.
 fn agree_on_settings(path: &Path, input: &str, settings: &AlignSettings) -> Result<(), FacesError> {
-    let unreadable = |reason: String| FacesError::Record { path: path.to_owned(), line: 1, reason };
+    let unreadable = |reason: String| FacesError::Record {
+        path: path.to_owned(),
+        line: 1,
+        reason,
+    };
     let here = SettingsFile {
         schema: 1,
         input: input.to_owned(),
@@ -350,13 +376,17 @@ fn agree_on_settings(path: &Path, input: &str, settings: &AlignSettings) -> Resu
         }
         Err(source) => Err(output("read", path, source)),
         Ok(bytes) => {
-            let there: Value = serde_json::from_slice(&bytes).map_err(|error| unreadable(error.to_string()))?;
+            let there: Value =
+                serde_json::from_slice(&bytes).map_err(|error| unreadable(error.to_string()))?;
             let mut differences = Vec::new();
             compare("", &there, &here, &mut differences);
             if differences.is_empty() {
                 return Ok(());
             }
-            Err(FacesError::OtherSettings { path: path.to_owned(), differences: differences.join(", ") })
+            Err(FacesError::OtherSettings {
+                path: path.to_owned(),
+                differences: differences.join(", "),
+            })
         }
     }
 }
@@ -375,5 +405,9 @@ fn compare(name: &str, there: &Value, here: &Value, differences: &mut Vec<String
 }
 
 fn output(action: &'static str, path: &Path, source: io::Error) -> FacesError {
-    FacesError::Output { action, path: path.to_owned(), source }
+    FacesError::Output {
+        action,
+        path: path.to_owned(),
+        source,
+    }
 }

@@ -17,7 +17,11 @@ use faceprior_data::{DataError, DecodeLimits, Image};
 /// # Errors
 /// Those of [`Image::decode_within`], and [`DataError::Io`].
 pub fn read_image(path: &Path, limits: DecodeLimits) -> Result<Image, DataError> {
-    let io = |source| DataError::Io { action: "read", path: path.to_owned(), source };
+    let io = |source| DataError::Io {
+        action: "read",
+        path: path.to_owned(),
+        source,
+    };
     let bytes = std::fs::read(path).map_err(io)?;
     match decode(&bytes, limits) {
         Some(image) => Ok(image),
@@ -27,16 +31,20 @@ pub fn read_image(path: &Path, limits: DecodeLimits) -> Result<Image, DataError>
 
 /// Decodes a picture, or answers `None` for what this decoder leaves to the general one.
 fn decode(bytes: &[u8], limits: DecodeLimits) -> Option<Image> {
-    let mut decoder = Decoder { data: bytes, at: 0, ..Decoder::default() };
+    let mut decoder = Decoder {
+        data: bytes,
+        at: 0,
+        ..Decoder::default()
+    };
     decoder.read(limits)?;
     decoder.finish()
 }
 
 /// Place of the k-th coefficient of the file in the 8×8 block; the tail catches runs that lead out of it.
 const ZIGZAG: [u8; 80] = [
-    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7, 14, 21, 28,
-    35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47,
-    55, 62, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63,
+    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7,
+    14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39,
+    46, 53, 60, 61, 54, 47, 55, 62, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63,
 ];
 
 type Block = [i16; 64];
@@ -185,21 +193,33 @@ impl Decoder<'_> {
     }
 
     fn frame(&mut self, body: std::ops::Range<usize>, limits: DecodeLimits) -> Option<()> {
-        let &[8, h1, h0, w1, w0, count, ref rest @ ..] = self.data.get(body)? else { return None };
-        (self.height, self.width) =
-            (usize::from(u16::from_be_bytes([h1, h0])), usize::from(u16::from_be_bytes([w1, w0])));
+        let &[8, h1, h0, w1, w0, count, ref rest @ ..] = self.data.get(body)? else {
+            return None;
+        };
+        (self.height, self.width) = (
+            usize::from(u16::from_be_bytes([h1, h0])),
+            usize::from(u16::from_be_bytes([w1, w0])),
+        );
         let fits = self.width * self.height <= limits.max_pixels && self.width * self.height > 0;
         if !fits || !self.components.is_empty() || !(count == 1 || count == 3) {
             return None;
         }
         for part in rest.chunks_exact(3).take(usize::from(count)) {
-            let &[id, sampling, quantiser] = part else { return None };
+            let &[id, sampling, quantiser] = part else {
+                return None;
+            };
             let (h, v) = (usize::from(sampling >> 4), usize::from(sampling & 15));
             if quantiser > 3 || !(1..=2).contains(&h) || !(1..=2).contains(&v) {
                 return None;
             }
             let quantiser = usize::from(quantiser);
-            self.components.push(Component { id, h, v, quantiser, ..Component::default() });
+            self.components.push(Component {
+                id,
+                h,
+                v,
+                quantiser,
+                ..Component::default()
+            });
         }
         if self.components.len() != usize::from(count) {
             return None;
@@ -211,8 +231,12 @@ impl Decoder<'_> {
         self.h_max = self.components.iter().map(|component| component.h).max()?;
         self.v_max = self.components.iter().map(|component| component.v).max()?;
         // First component at full resolution, the others alike: what the upsampling below covers.
-        let [first, others @ ..] = self.components.as_slice() else { return None };
-        let alike = others.iter().all(|other| (other.h, other.v) == (others[0].h, others[0].v));
+        let [first, others @ ..] = self.components.as_slice() else {
+            return None;
+        };
+        let alike = others
+            .iter()
+            .all(|other| (other.h, other.v) == (others[0].h, others[0].v));
         if (first.h, first.v) != (self.h_max, self.v_max) || !alike {
             return None;
         }
@@ -256,7 +280,11 @@ impl Decoder<'_> {
             let (counts, rest) = rest.split_at_checked(16)?;
             let total: usize = counts.iter().map(|&count| usize::from(count)).sum();
             let (symbols, rest) = rest.split_at_checked(total)?;
-            let tables = if kind >> 4 == 0 { &mut self.dc_tables } else { &mut self.ac_tables };
+            let tables = if kind >> 4 == 0 {
+                &mut self.dc_tables
+            } else {
+                &mut self.ac_tables
+            };
             *tables.get_mut(usize::from(kind & 15))? = Some(Box::new(Huffman::new(counts, symbols)?));
             body = rest;
         }
@@ -266,18 +294,30 @@ impl Decoder<'_> {
     fn scan(&mut self, body: std::ops::Range<usize>) -> Option<()> {
         let (&count, rest) = self.data.get(body)?.split_first()?;
         let (parts, rest) = rest.split_at_checked(2 * usize::from(count))?;
-        let &[start, end, approximation, ..] = rest else { return None };
+        let &[start, end, approximation, ..] = rest else {
+            return None;
+        };
         let mut components = Vec::new();
         for part in parts.chunks_exact(2) {
-            let index = self.components.iter().position(|component| component.id == part[0])?;
-            if components.iter().any(|other: &ScanComponent| other.index == index) {
+            let index = self
+                .components
+                .iter()
+                .position(|component| component.id == part[0])?;
+            if components
+                .iter()
+                .any(|other: &ScanComponent| other.index == index)
+            {
                 return None;
             }
             let (dc_table, ac_table) = (usize::from(part[1] >> 4), usize::from(part[1] & 15));
             if dc_table > 3 || ac_table > 3 {
                 return None;
             }
-            components.push(ScanComponent { index, dc_table, ac_table });
+            components.push(ScanComponent {
+                index,
+                dc_table,
+                ac_table,
+            });
         }
         let scan = Scan {
             components,
@@ -297,7 +337,10 @@ impl Decoder<'_> {
             }
         }
         // Tables that are needed are taken out for the time of the scan, so that decoding can change the rest.
-        let (dc_tables, ac_tables) = (std::mem::take(&mut self.dc_tables), std::mem::take(&mut self.ac_tables));
+        let (dc_tables, ac_tables) = (
+            std::mem::take(&mut self.dc_tables),
+            std::mem::take(&mut self.ac_tables),
+        );
         let result = self.entropy_coded(&scan, &dc_tables, &ac_tables);
         (self.dc_tables, self.ac_tables) = (dc_tables, ac_tables);
         result
@@ -317,16 +360,23 @@ impl Decoder<'_> {
             let component = &self.components[scan.components[0].index];
             (component.width.div_ceil(8), component.height.div_ceil(8))
         } else {
-            (self.width.div_ceil(8 * self.h_max), self.height.div_ceil(8 * self.v_max))
+            (
+                self.width.div_ceil(8 * self.h_max),
+                self.height.div_ceil(8 * self.v_max),
+            )
         };
         let mut until_restart = self.restart_interval;
-        self.components.iter_mut().for_each(|component| component.dc_predictor = 0);
+        self.components
+            .iter_mut()
+            .for_each(|component| component.dc_predictor = 0);
         for unit in 0..units_wide * units_high {
             if self.restart_interval > 0 && until_restart == 0 {
                 bits.restart()?;
                 end_of_band = 0;
                 until_restart = self.restart_interval;
-                self.components.iter_mut().for_each(|component| component.dc_predictor = 0);
+                self.components
+                    .iter_mut()
+                    .for_each(|component| component.dc_predictor = 0);
             }
             until_restart = until_restart.wrapping_sub(1);
             let (unit_x, unit_y) = (unit % units_wide, unit / units_wide);
@@ -370,7 +420,10 @@ impl Decoder<'_> {
 
     /// Transforms what a progressive picture has gathered, then joins the components to colours.
     fn finish(mut self) -> Option<Image> {
-        if !self.complete || self.components.is_empty() || !self.components.iter().all(|component| component.seen) {
+        if !self.complete
+            || self.components.is_empty()
+            || !self.components.iter().all(|component| component.seen)
+        {
             return None;
         }
         if self.progressive {
@@ -456,7 +509,11 @@ impl Component {
             return repeat(near, out);
         }
         // The neighbour on the side where this half of the sample's square lies; the edge repeats itself.
-        let far = if y % 2 == 0 { (y / 2).saturating_sub(1) } else { (y / 2 + 1).min(self.height - 1) };
+        let far = if y % 2 == 0 {
+            (y / 2).saturating_sub(1)
+        } else {
+            (y / 2 + 1).min(self.height - 1)
+        };
         for ((sum, &near), &far) in sums.iter_mut().zip(near).zip(self.row(far)) {
             *sum = 3 * i32::from(near) + i32::from(far);
         }
@@ -474,7 +531,13 @@ impl Component {
 /// Twice as many samples, each a quarter of its farther neighbour and three of its nearer; `bits` to shift, and what is
 /// added before on the left and on the right (the two differ, so that rounding has no bias).
 #[inline(always)]
-fn widen<T: Copy>(samples: &[T], value: impl Fn(T) -> i32, bits: u32, [left, right]: [i32; 2], out: &mut [u8]) {
+fn widen<T: Copy>(
+    samples: &[T],
+    value: impl Fn(T) -> i32,
+    bits: u32,
+    [left, right]: [i32; 2],
+    out: &mut [u8],
+) {
     let (first, last) = (value(samples[0]), value(samples[samples.len() - 1]));
     for (pair, window) in out[1..].chunks_exact_mut(2).zip(samples.windows(2)) {
         let (a, b) = (value(window[0]), value(window[1]));
@@ -512,16 +575,26 @@ fn is_turned(tiff: &[u8]) -> bool {
     };
     let u16_at = |at: usize| {
         let bytes: [u8; 2] = tiff.get(at..at + 2)?.try_into().ok()?;
-        Some(if big { u16::from_be_bytes(bytes) } else { u16::from_le_bytes(bytes) })
+        Some(if big {
+            u16::from_be_bytes(bytes)
+        } else {
+            u16::from_le_bytes(bytes)
+        })
     };
     let u32_at = |at: usize| {
         let bytes: [u8; 4] = tiff.get(at..at + 4)?.try_into().ok()?;
-        Some(if big { u32::from_be_bytes(bytes) } else { u32::from_le_bytes(bytes) } as usize)
+        Some(if big {
+            u32::from_be_bytes(bytes)
+        } else {
+            u32::from_le_bytes(bytes)
+        } as usize)
     };
     let orientation = || {
         let directory = u32_at(4)?;
         let entries = usize::from(u16_at(directory)?);
-        let entry = (0..entries).map(|i| directory + 2 + 12 * i).find(|&at| u16_at(at) == Some(0x0112))?;
+        let entry = (0..entries)
+            .map(|i| directory + 2 + 12 * i)
+            .find(|&at| u16_at(at) == Some(0x0112))?;
         u16_at(entry + 8)
     };
     orientation().is_some_and(|orientation| orientation != 1)
@@ -558,7 +631,8 @@ impl Huffman {
                 }
                 if length <= Self::SHORT {
                     let free = Self::SHORT - length;
-                    table.short[(code << free) as usize..((code + 1) << free) as usize].fill((length as u8, symbol));
+                    table.short[(code << free) as usize..((code + 1) << free) as usize]
+                        .fill((length as u8, symbol));
                 }
                 code += 1;
             }
@@ -582,7 +656,13 @@ struct Bits<'a> {
 
 impl<'a> Bits<'a> {
     fn new(data: &'a [u8], at: usize) -> Self {
-        Self { data, at, bits: 0, count: 0, padding: 0 }
+        Self {
+            data,
+            at,
+            bits: 0,
+            count: 0,
+            padding: 0,
+        }
     }
 
     /// At least 32 bits ahead.
@@ -668,7 +748,11 @@ impl<'a> Bits<'a> {
             return 0;
         }
         let value = self.ahead(size) as i32;
-        if value < 1 << (size - 1) { value - (1 << size) + 1 } else { value }
+        if value < 1 << (size - 1) {
+            value - (1 << size) + 1
+        } else {
+            value
+        }
     }
 
     fn difference(&mut self, table: &Huffman) -> Option<i32> {
@@ -698,7 +782,13 @@ impl<'a> Bits<'a> {
     }
 
     /// First scan of a band of AC coefficients.
-    fn first_band(&mut self, table: &Huffman, scan: &Scan, block: &mut Block, end_of_band: &mut u32) -> Option<()> {
+    fn first_band(
+        &mut self,
+        table: &Huffman,
+        scan: &Scan,
+        block: &mut Block,
+        end_of_band: &mut u32,
+    ) -> Option<()> {
         if *end_of_band > 0 {
             *end_of_band -= 1;
             return Some(());
@@ -723,7 +813,13 @@ impl<'a> Bits<'a> {
     }
 
     /// A later scan: one more bit for coefficients that are not 0, and new ones of one bit.
-    fn refine_band(&mut self, table: &Huffman, scan: &Scan, block: &mut Block, end_of_band: &mut u32) -> Option<()> {
+    fn refine_band(
+        &mut self,
+        table: &Huffman,
+        scan: &Scan,
+        block: &mut Block,
+        end_of_band: &mut u32,
+    ) -> Option<()> {
         let bit = 1i16 << scan.low;
         let refine = |bits: &mut Self, value: &mut i16| {
             if bits.take(1) == 1 && *value & bit == 0 {
@@ -779,7 +875,9 @@ impl<'a> Bits<'a> {
         while self.data.get(self.at) == Some(&0xFF) && self.data.get(self.at + 1) == Some(&0xFF) {
             self.at += 1;
         }
-        let (0xFF, 0xD0..=0xD7) = (*self.data.get(self.at)?, *self.data.get(self.at + 1)?) else { return None };
+        let (0xFF, 0xD0..=0xD7) = (*self.data.get(self.at)?, *self.data.get(self.at + 1)?) else {
+            return None;
+        };
         *self = Self::new(self.data, self.at + 2);
         Some(())
     }
@@ -886,7 +984,10 @@ mod tests {
     fn leaves_what_is_broken_to_the_general_decoder() {
         let bytes = std::fs::read(folder().join("420.jpg")).unwrap();
         for end in (0..bytes.len()).step_by(7) {
-            assert!(decode(&bytes[..end], DecodeLimits::default()).is_none(), "cut to {end}");
+            assert!(
+                decode(&bytes[..end], DecodeLimits::default()).is_none(),
+                "cut to {end}"
+            );
         }
         assert!(decode(&bytes, DecodeLimits { max_pixels: 100 }).is_none());
         assert!(decode(b"\x89PNG", DecodeLimits::default()).is_none());
@@ -902,7 +1003,12 @@ mod tests {
                     let at = (seed * 7919 + k * 104_729) % damaged.len();
                     damaged[at] = damaged[at].wrapping_add((seed * 31 + k * 17) as u8);
                 }
-                let _ = decode(&damaged, DecodeLimits { max_pixels: 1_000_000 });
+                let _ = decode(
+                    &damaged,
+                    DecodeLimits {
+                        max_pixels: 1_000_000,
+                    },
+                );
             }
         }
     }

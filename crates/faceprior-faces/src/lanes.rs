@@ -67,16 +67,18 @@ pub(crate) trait Lanes: Copy {
     /// Sums that a kernel can hold in registers beside its operands.
     const ACCUMULATORS: usize;
 
-    /// All sixteen equal to `value`.
-    unsafe fn splat(value: f32) -> Self;
+    /// All sixteen equal to the one that is read.
+    unsafe fn splat(from: *const f32) -> Self;
     /// Reads sixteen floats.
-    unsafe fn load(from: &Block) -> Self;
+    unsafe fn load(from: *const Block) -> Self;
     /// Writes sixteen floats.
     unsafe fn store(self, to: &mut Block);
     /// self + a·b.
     unsafe fn plus_product(self, a: Self, b: Self) -> Self;
     /// max(self, 0) + slope·min(self, 0).
     unsafe fn prelu(self, slope: Self) -> Self;
+    /// The larger of each two.
+    unsafe fn max(self, other: Self) -> Self;
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -95,15 +97,15 @@ mod x86 {
         const ACCUMULATORS: usize = 24;
 
         #[inline(always)]
-        unsafe fn splat(value: f32) -> Self {
-            // SAFETY: the caller has the instructions; so for every method below.
-            Self(unsafe { _mm512_set1_ps(value) })
+        unsafe fn splat(from: *const f32) -> Self {
+            // SAFETY: the caller has the instructions, and pointers that can be read; so for every method below.
+            Self(unsafe { _mm512_set1_ps(from.read_unaligned()) })
         }
 
         #[inline(always)]
-        unsafe fn load(from: &Block) -> Self {
+        unsafe fn load(from: *const Block) -> Self {
             // SAFETY: as above; a Block is 64 bytes, 64-byte aligned.
-            Self(unsafe { _mm512_load_ps(from.0.as_ptr()) })
+            Self(unsafe { _mm512_load_ps(from.cast()) })
         }
 
         #[inline(always)]
@@ -127,6 +129,12 @@ mod x86 {
                 Self(_mm512_fmadd_ps(slope.0, below, above))
             }
         }
+
+        #[inline(always)]
+        unsafe fn max(self, other: Self) -> Self {
+            // SAFETY: as above.
+            Self(unsafe { _mm512_max_ps(self.0, other.0) })
+        }
     }
 
     #[derive(Clone, Copy)]
@@ -136,16 +144,17 @@ mod x86 {
         const ACCUMULATORS: usize = 6;
 
         #[inline(always)]
-        unsafe fn splat(value: f32) -> Self {
+        unsafe fn splat(from: *const f32) -> Self {
             // SAFETY: as above.
-            let value = unsafe { _mm256_set1_ps(value) };
+            let value = unsafe { _mm256_set1_ps(from.read_unaligned()) };
             Self(value, value)
         }
 
         #[inline(always)]
-        unsafe fn load(from: &Block) -> Self {
+        unsafe fn load(from: *const Block) -> Self {
+            let from: *const f32 = from.cast();
             // SAFETY: as above.
-            unsafe { Self(_mm256_load_ps(from.0.as_ptr()), _mm256_load_ps(from.0.as_ptr().add(8))) }
+            unsafe { Self(_mm256_load_ps(from), _mm256_load_ps(from.wrapping_add(8))) }
         }
 
         #[inline(always)]
@@ -160,7 +169,12 @@ mod x86 {
         #[inline(always)]
         unsafe fn plus_product(self, a: Self, b: Self) -> Self {
             // SAFETY: as above.
-            unsafe { Self(_mm256_fmadd_ps(a.0, b.0, self.0), _mm256_fmadd_ps(a.1, b.1, self.1)) }
+            unsafe {
+                Self(
+                    _mm256_fmadd_ps(a.0, b.0, self.0),
+                    _mm256_fmadd_ps(a.1, b.1, self.1),
+                )
+            }
         }
 
         #[inline(always)]
@@ -175,6 +189,12 @@ mod x86 {
                 Self(half(self.0, slope.0), half(self.1, slope.1))
             }
         }
+
+        #[inline(always)]
+        unsafe fn max(self, other: Self) -> Self {
+            // SAFETY: as above.
+            unsafe { Self(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
+        }
     }
 }
 
@@ -185,13 +205,15 @@ impl Lanes for Portable {
     const ACCUMULATORS: usize = 3;
 
     #[inline(always)]
-    unsafe fn splat(value: f32) -> Self {
-        Self([value; 16])
+    unsafe fn splat(from: *const f32) -> Self {
+        // SAFETY: by the contract.
+        Self([unsafe { from.read_unaligned() }; 16])
     }
 
     #[inline(always)]
-    unsafe fn load(from: &Block) -> Self {
-        Self(from.0)
+    unsafe fn load(from: *const Block) -> Self {
+        // SAFETY: by the contract.
+        Self(unsafe { from.read() }.0)
     }
 
     #[inline(always)]
@@ -203,12 +225,35 @@ impl Lanes for Portable {
     unsafe fn plus_product(self, a: Self, b: Self) -> Self {
         // A fused product where the target has one in hardware: elsewhere it would be a call into the C library.
         let fused = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
-        let one = |i: usize| if fused { a.0[i].mul_add(b.0[i], self.0[i]) } else { self.0[i] + a.0[i] * b.0[i] };
+        let one = |i: usize| {
+            if fused {
+                a.0[i].mul_add(b.0[i], self.0[i])
+            } else {
+                self.0[i] + a.0[i] * b.0[i]
+            }
+        };
         Self(std::array::from_fn(one))
     }
 
     #[inline(always)]
     unsafe fn prelu(self, slope: Self) -> Self {
-        Self(std::array::from_fn(|i| if self.0[i] > 0.0 { self.0[i] } else { slope.0[i] * self.0[i] }))
+        Self(std::array::from_fn(|i| {
+            if self.0[i] > 0.0 {
+                self.0[i]
+            } else {
+                slope.0[i] * self.0[i]
+            }
+        }))
+    }
+
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| {
+            if self.0[i] > other.0[i] {
+                self.0[i]
+            } else {
+                other.0[i]
+            }
+        }))
     }
 }

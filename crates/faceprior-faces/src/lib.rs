@@ -26,7 +26,7 @@ mod weights;
 pub use align::{AlignOptions, AlignSettings, CropFormat, Crops, Progress, Shard, Summary, Which, align};
 pub use detect::{Detector, DetectorConfig, Face};
 pub use error::FacesError;
-pub use jpeg::read_image;
 pub use journal::{Counts, FaceRecord, PictureRecord, read_records};
+pub use jpeg::read_image;
 pub use similarity::{Affine, Landmarks, five_points, similarity, template};
 pub use warp::warp;

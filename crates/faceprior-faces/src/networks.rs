@@ -62,7 +62,10 @@ impl OnDevice {
             rnet: load(RNet::new(&mut init), &Tensors::rnet()),
             onet: load(ONet::new(&mut init), &Tensors::onet()),
         };
-        Self { mtcnn, device: device.clone() }
+        Self {
+            mtcnn,
+            device: device.clone(),
+        }
     }
 
     fn tensor(&self, images: &[Image]) -> Tensor<4> {
@@ -74,7 +77,10 @@ impl OnDevice {
                 values.extend(pixels.map(|pixel| (f32::from(pixel[channel]) - 127.5) * 0.0078125));
             }
         }
-        Tensor::from_data(TensorData::new(values, [images.len(), 3, height, width]), &self.device)
+        Tensor::from_data(
+            TensorData::new(values, [images.len(), 3, height, width]),
+            &self.device,
+        )
     }
 
     fn batches<T>(
@@ -96,9 +102,14 @@ impl OnDevice {
 fn load<M: Module>(network: M, tensors: &Tensors) -> M {
     let mut weights = Weights::new();
     for (name, parameter) in tensors.iter() {
-        weights.insert(name, TensorData::new(parameter.values.clone(), parameter.shape.clone()));
+        weights.insert(
+            name,
+            TensorData::new(parameter.values.clone(), parameter.shape.clone()),
+        );
     }
-    weights.load_into(network, "").expect("the embedded weights fit the networks")
+    weights
+        .load_into(network, "")
+        .expect("the embedded weights fit the networks")
 }
 
 fn numbers<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
@@ -115,7 +126,10 @@ impl Networks for OnDevice {
         let proposals = self.mtcnn.pnet.forward(self.tensor(std::slice::from_ref(level)));
         let [_, rows, columns] = proposals.probability.dims();
         let (probability, offsets) = (numbers(proposals.probability), numbers(proposals.offsets));
-        let above = probability.iter().enumerate().filter(|&(_, &probability)| probability > threshold);
+        let above = probability
+            .iter()
+            .enumerate()
+            .filter(|&(_, &probability)| probability > threshold);
         above
             .map(|(cell, &probability)| Proposal {
                 row: cell / columns,
@@ -131,7 +145,8 @@ impl Networks for OnDevice {
             let answer = self.mtcnn.rnet.forward(crops);
             let (probability, offsets) = (numbers(answer.probability), numbers(answer.offsets));
             let both = probability.into_iter().zip(rows(&offsets));
-            both.map(|(probability, offsets)| Refinement { probability, offsets }).collect()
+            both.map(|(probability, offsets)| Refinement { probability, offsets })
+                .collect()
         })
     }
 
@@ -141,7 +156,12 @@ impl Networks for OnDevice {
             let (probability, offsets) = (numbers(answer.probability), numbers(answer.offsets));
             let landmarks = numbers(answer.landmarks);
             let all = probability.into_iter().zip(rows(&offsets)).zip(rows(&landmarks));
-            all.map(|((probability, offsets), landmarks)| Output { probability, offsets, landmarks }).collect()
+            all.map(|((probability, offsets), landmarks)| Output {
+                probability,
+                offsets,
+                landmarks,
+            })
+            .collect()
         })
     }
 }

@@ -7,8 +7,13 @@ pub type Landmarks = [[f32; 2]; 5];
 
 /// The template of 96×112 crops (SphereFace, ArcFace and others after them). Squares centre it: 8 pixels more to the
 /// right in 112×112.
-const TEMPLATE: [[f64; 2]; 5] =
-    [[30.2946, 51.6963], [65.5318, 51.5014], [48.0252, 71.7366], [33.5493, 92.3655], [62.7299, 92.2041]];
+const TEMPLATE: [[f64; 2]; 5] = [
+    [30.2946, 51.6963],
+    [65.5318, 51.5014],
+    [48.0252, 71.7366],
+    [33.5493, 92.3655],
+    [62.7299, 92.2041],
+];
 const TEMPLATE_WIDTH: f64 = 96.0;
 const TEMPLATE_HEIGHT: f64 = 112.0;
 
@@ -26,7 +31,11 @@ impl Affine {
     pub fn inverse(&self) -> Self {
         let [[a, b, c], [d, e, f]] = self.0;
         let determinant = a * e - b * d;
-        let scale = if determinant != 0.0 { 1.0 / determinant } else { 0.0 };
+        let scale = if determinant != 0.0 {
+            1.0 / determinant
+        } else {
+            0.0
+        };
         let (m00, m01, m10, m11) = (e * scale, -b * scale, -d * scale, a * scale);
         Self([[m00, m01, -m00 * c - m01 * f], [m10, m11, -m10 * c - m11 * f]])
     }
@@ -50,7 +59,8 @@ pub fn template(width: usize, height: usize) -> [[f64; 2]; 5] {
 /// In the plane it has a closed form: the points as complex numbers z and w, it is the linear regression w = a·z + b.
 pub fn similarity(from: &Landmarks, to: &[[f64; 2]; 5]) -> Option<Affine> {
     let from = from.map(|point| point.map(f64::from));
-    let mean = |points: &[[f64; 2]; 5], axis: usize| points.iter().map(|point| point[axis]).sum::<f64>() / 5.0;
+    let mean =
+        |points: &[[f64; 2]; 5], axis: usize| points.iter().map(|point| point[axis]).sum::<f64>() / 5.0;
     let (from_x, from_y, to_x, to_y) = (mean(&from, 0), mean(&from, 1), mean(to, 0), mean(to, 1));
     let (mut along, mut across, mut spread) = (0.0, 0.0, 0.0);
     for (&[x, y], &[u, v]) in from.iter().zip(to) {
@@ -60,7 +70,10 @@ pub fn similarity(from: &Landmarks, to: &[[f64; 2]; 5]) -> Option<Affine> {
         spread += x * x + y * y;
     }
     let (a, b) = (along / spread, across / spread);
-    let affine = Affine([[a, -b, to_x - (a * from_x - b * from_y)], [b, a, to_y - (b * from_x + a * from_y)]]);
+    let affine = Affine([
+        [a, -b, to_x - (a * from_x - b * from_y)],
+        [b, a, to_y - (b * from_x + a * from_y)],
+    ]);
     // A spread of 0, or points that are not numbers, end here.
     (affine.0.iter().flatten().all(|m| m.is_finite()) && (a, b) != (0.0, 0.0)).then_some(affine)
 }
@@ -93,7 +106,10 @@ mod tests {
         assert_eq!(template(96, 112), TEMPLATE);
         for (size, scale) in [(112, 1.0), (256, 256.0 / 112.0)] {
             for (point, base) in template(size, size).into_iter().zip(TEMPLATE) {
-                assert!(close(point, [(base[0] + 8.0) * scale, base[1] * scale], 1e-9), "{size}: {point:?}");
+                assert!(
+                    close(point, [(base[0] + 8.0) * scale, base[1] * scale], 1e-9),
+                    "{size}: {point:?}"
+                );
             }
         }
     }
@@ -107,12 +123,22 @@ mod tests {
         for (m, expected) in found.0.iter().flatten().zip(affine.0.iter().flatten()) {
             assert!((m - expected).abs() < 1e-9, "{found:?}");
         }
-        assert!(close(found.inverse().apply(found.apply([3.0, -5.0])), [3.0, -5.0], 1e-9));
+        assert!(close(
+            found.inverse().apply(found.apply([3.0, -5.0])),
+            [3.0, -5.0],
+            1e-9
+        ));
     }
 
     #[test]
     fn is_least_squares_and_never_a_reflection() {
-        let from: Landmarks = [[10.0, 12.0], [40.0, 9.0], [26.0, 30.0], [14.0, 44.0], [37.0, 47.0]];
+        let from: Landmarks = [
+            [10.0, 12.0],
+            [40.0, 9.0],
+            [26.0, 30.0],
+            [14.0, 44.0],
+            [37.0, 47.0],
+        ];
         // The mirror image cannot be met without a reflection: the best proper map is still the best nearby.
         let to = TEMPLATE.map(|[x, y]| [96.0 - x, y]);
         let best = similarity(&from, &to).unwrap();
@@ -127,8 +153,12 @@ mod tests {
                 })
                 .sum::<f64>()
         };
-        for (da, db, dx, dy) in [(0.01, 0.0, 0.0, 0.0), (0.0, 0.01, 0.0, 0.0), (0.0, 0.0, 0.1, 0.0), (0.0, 0.0, 0.0, 0.1)]
-        {
+        for (da, db, dx, dy) in [
+            (0.01, 0.0, 0.0, 0.0),
+            (0.0, 0.01, 0.0, 0.0),
+            (0.0, 0.0, 0.1, 0.0),
+            (0.0, 0.0, 0.0, 0.1),
+        ] {
             for sign in [-1.0, 1.0] {
                 let (a, b) = (a + sign * da, b + sign * db);
                 let near = Affine([[a, -b, tx + sign * dx], [b, a, ty + sign * dy]]);
@@ -147,7 +177,21 @@ mod tests {
     fn sixty_eight_points_become_five() {
         let points: Vec<[f32; 2]> = (0..68).map(|i| [i as f32, 100.0 - i as f32]).collect();
         let five = five_points(&points).unwrap();
-        assert_eq!(five, [[37.5, 62.5], [43.5, 56.5], [30.0, 70.0], [48.0, 52.0], [54.0, 46.0]]);
-        assert!(five_points(&points[1..]).unwrap_err().to_string().contains("67 points"));
+        assert_eq!(
+            five,
+            [
+                [37.5, 62.5],
+                [43.5, 56.5],
+                [30.0, 70.0],
+                [48.0, 52.0],
+                [54.0, 46.0]
+            ]
+        );
+        assert!(
+            five_points(&points[1..])
+                .unwrap_err()
+                .to_string()
+                .contains("67 points")
+        );
     }
 }

@@ -50,12 +50,20 @@ fn fill(image: &Image, inverse: &Affine, width: usize, pixels: &mut [u8]) {
                 let upper = &source[((top * columns + left) * 3) as usize..][..6];
                 let lower = &source[(((top + 1) * columns + left) * 3) as usize..][..6];
                 for c in 0..3 {
-                    pixel[c] = blend([upper[c], upper[c + 3], lower[c], lower[c + 3]], right_share, lower_share);
+                    pixel[c] = blend(
+                        [upper[c], upper[c + 3], lower[c], lower[c + 3]],
+                        right_share,
+                        lower_share,
+                    );
                 }
             } else if left >= -1 && top >= -1 && left < columns && top < rows {
                 let at = |x: isize, y: isize, c: usize| {
                     let inside = x >= 0 && y >= 0 && x < columns && y < rows;
-                    if inside { source[((y * columns + x) * 3) as usize + c] } else { 0 }
+                    if inside {
+                        source[((y * columns + x) * 3) as usize + c]
+                    } else {
+                        0
+                    }
                 };
                 for (c, value) in pixel.iter_mut().enumerate() {
                     let corners = [(0, 0), (1, 0), (0, 1), (1, 1)].map(|(dx, dy)| at(left + dx, top + dy, c));
@@ -80,7 +88,13 @@ mod tests {
     use super::*;
 
     fn picture(width: usize, height: usize) -> Image {
-        Image::new(width, height, (0..width * height * 3).map(|i| ((i * 7919 + i / 13) % 256) as u8).collect())
+        Image::new(
+            width,
+            height,
+            (0..width * height * 3)
+                .map(|i| ((i * 7919 + i / 13) % 256) as u8)
+                .collect(),
+        )
     }
 
     #[test]
@@ -104,7 +118,10 @@ mod tests {
     #[test]
     fn far_and_degenerate_maps_give_black() {
         let image = picture(5, 5);
-        for m in [[[1.0, 0.0, 1e30], [0.0, 1.0, 0.0]], [[1e-30, 0.0, 0.0], [0.0, 1e-30, 9.0]]] {
+        for m in [
+            [[1.0, 0.0, 1e30], [0.0, 1.0, 0.0]],
+            [[1e-30, 0.0, 0.0], [0.0, 1e-30, 9.0]],
+        ] {
             assert!(warp(&image, &Affine(m), 4, 4).pixels().iter().all(|&v| v == 0));
         }
     }

@@ -39,11 +39,18 @@ impl Tensors {
                 values: chunks.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect(),
             }
         };
-        Self(file.tensors().into_iter().map(|(name, view)| (name, parameter(view))).collect())
+        Self(
+            file.tensors()
+                .into_iter()
+                .map(|(name, view)| (name, parameter(view)))
+                .collect(),
+        )
     }
 
     pub(crate) fn get(&self, name: &str) -> &Parameter {
-        self.0.get(name).unwrap_or_else(|| panic!("the embedded weights have no tensor {name:?}"))
+        self.0
+            .get(name)
+            .unwrap_or_else(|| panic!("the embedded weights have no tensor {name:?}"))
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &Parameter)> {

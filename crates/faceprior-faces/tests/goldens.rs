@@ -6,7 +6,9 @@
 use std::path::{Path, PathBuf};
 
 use faceprior_data::{DecodeLimits, Image};
-use faceprior_faces::{Affine, Detector, DetectorConfig, Face, Landmarks, read_image, similarity, template, warp};
+use faceprior_faces::{
+    Affine, Detector, DetectorConfig, Face, Landmarks, read_image, similarity, template, warp,
+};
 use serde_json::Value;
 
 fn shipped() -> PathBuf {
@@ -22,7 +24,12 @@ fn read_json(path: &Path) -> Value {
 }
 
 fn numbers(value: &Value) -> Vec<f64> {
-    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|x| x.as_f64().unwrap())
+        .collect()
 }
 
 fn settings() -> [(&'static str, bool, DetectorConfig); 3] {
@@ -30,7 +37,14 @@ fn settings() -> [(&'static str, bool, DetectorConfig); 3] {
     [
         ("default", false, default.clone()),
         ("seed", true, DetectorConfig::seed()),
-        ("min40", true, DetectorConfig { min_face: 40.0, ..default }),
+        (
+            "min40",
+            true,
+            DetectorConfig {
+                min_face: 40.0,
+                ..default
+            },
+        ),
     ]
 }
 
@@ -46,26 +60,34 @@ struct Tally {
 
 impl Tally {
     fn compare(&mut self, what: &str, found: &[Face], golden: &Value) {
-        let (boxes, landmarks) =
-            (golden["boxes"].as_array().unwrap(), golden["landmarks"].as_array().unwrap());
+        let (boxes, landmarks) = (
+            golden["boxes"].as_array().unwrap(),
+            golden["landmarks"].as_array().unwrap(),
+        );
         self.faces += boxes.len().max(found.len());
         if found.len() != boxes.len() {
             println!("{what}: {} faces, expected {}", found.len(), boxes.len());
         }
-        for (i, (face, (expected_box, expected_points))) in found.iter().zip(boxes.iter().zip(landmarks)).enumerate() {
+        for (i, (face, (expected_box, expected_points))) in
+            found.iter().zip(boxes.iter().zip(landmarks)).enumerate()
+        {
             let (expected_box, expected_points) = (numbers(expected_box), numbers(expected_points));
             let farthest = |pairs: &mut dyn Iterator<Item = (f32, f64)>| {
                 pairs.map(|(a, b)| (f64::from(a) - b).abs()).fold(0.0, f64::max)
             };
             let of_box = farthest(&mut face.bounds.into_iter().zip(expected_box.iter().copied()));
-            let of_points = farthest(&mut (0..10).map(|k| (face.landmarks[k % 5][k / 5], expected_points[k])));
+            let of_points =
+                farthest(&mut (0..10).map(|k| (face.landmarks[k % 5][k / 5], expected_points[k])));
             if of_box <= 1.0 && of_points <= 0.5 {
                 self.matched += 1;
                 self.boxes = self.boxes.max(of_box);
                 self.landmarks = self.landmarks.max(of_points);
                 self.scores = self.scores.max((f64::from(face.score) - expected_box[4]).abs());
             } else {
-                println!("{what}: face {i} of {}: box off by {of_box:.3}, landmarks by {of_points:.3}", boxes.len());
+                println!(
+                    "{what}: face {i} of {}: box off by {of_box:.3}, landmarks by {of_points:.3}",
+                    boxes.len()
+                );
             }
         }
     }
@@ -76,7 +98,11 @@ fn detect_all(folder: &Path, golden: &Value, detector: impl Fn(DetectorConfig) -
     for (name, golden) in golden.as_object().unwrap() {
         let image = read_image(&folder.join(name), DecodeLimits::default()).unwrap();
         for (setting, padded, config) in settings() {
-            let image = if padded { image.pad_to_square() } else { image.clone() };
+            let image = if padded {
+                image.pad_to_square()
+            } else {
+                image.clone()
+            };
             let found = detector(config).detect(&image);
             tally.compare(&format!("{name} {setting}"), &found, &golden[setting]);
         }
@@ -90,7 +116,10 @@ fn detects_as_the_reference() {
     let tally = detect_all(&shipped(), &golden, |config| Detector::new(config).unwrap());
     println!("{tally:?}");
     assert_eq!((tally.faces, tally.matched), (3, 3));
-    assert!(tally.boxes < 2e-3 && tally.landmarks < 2e-3 && tally.scores < 1e-5, "{tally:?}");
+    assert!(
+        tally.boxes < 2e-3 && tally.landmarks < 2e-3 && tally.scores < 1e-5,
+        "{tally:?}"
+    );
 }
 
 #[test]
@@ -98,10 +127,15 @@ fn detects_as_the_reference() {
 fn detects_as_the_reference_on_all_photographs() {
     let folder = shared().join("golden/mtcnn");
     let golden = read_json(&folder.join("detections.json"));
-    let tally = detect_all(&folder.join("images"), &golden, |config| Detector::new(config).unwrap());
+    let tally = detect_all(&folder.join("images"), &golden, |config| {
+        Detector::new(config).unwrap()
+    });
     println!("{tally:?}");
     assert_eq!((tally.faces, tally.matched), (233, 233));
-    assert!(tally.boxes < 2e-3 && tally.landmarks < 2e-3 && tally.scores < 1e-5, "{tally:?}");
+    assert!(
+        tally.boxes < 2e-3 && tally.landmarks < 2e-3 && tally.scores < 1e-5,
+        "{tally:?}"
+    );
 }
 
 /// Warps by the golden matrices and by our own; answers pixels compared, how many differ with the golden matrix, and
@@ -109,7 +143,9 @@ fn detects_as_the_reference_on_all_photographs() {
 fn compare_crops(images: &Path, crops: &Path, golden: &Value) -> (usize, usize, u8, u8) {
     let (mut pixels, mut differ, mut largest, mut largest_own) = (0, 0, 0, 0);
     for (name, golden) in golden.as_object().unwrap() {
-        let image = read_image(&images.join(name), DecodeLimits::default()).unwrap().pad_to_square();
+        let image = read_image(&images.join(name), DecodeLimits::default())
+            .unwrap()
+            .pad_to_square();
         for golden in golden["aligned"].as_array().unwrap() {
             let size = golden["size"].as_u64().unwrap() as usize;
             let points = golden["landmarks"].as_array().unwrap();
@@ -123,11 +159,17 @@ fn compare_crops(images: &Path, crops: &Path, golden: &Value) -> (usize, usize, 
             // The reference computes its matrices in single precision.
             for (own, expected) in own.0.iter().zip(&expected.0) {
                 let off = |i: usize| (own[i] - expected[i]).abs();
-                assert!(off(0) < 2e-6 && off(1) < 2e-6 && off(2) < 1e-3, "{own:?} {expected:?}");
+                assert!(
+                    off(0) < 2e-6 && off(1) < 2e-6 && off(2) < 1e-3,
+                    "{own:?} {expected:?}"
+                );
             }
             let crop = Image::read(crops.join(golden["file"].as_str().unwrap())).unwrap();
             assert_eq!((crop.width(), crop.height()), (size, size));
-            let (by_golden, by_own) = (warp(&image, &expected, size, size), warp(&image, &own, size, size));
+            let (by_golden, by_own) = (
+                warp(&image, &expected, size, size),
+                warp(&image, &own, size, size),
+            );
             for ((expected, a), b) in crop.pixels().iter().zip(by_golden.pixels()).zip(by_own.pixels()) {
                 pixels += 1;
                 differ += usize::from(a != expected);
@@ -155,7 +197,9 @@ fn aligns_as_the_reference_on_all_photographs() {
     let golden = read_json(&folder.join("detections.json"));
     let (pixels, differ, largest, largest_own) =
         compare_crops(&folder.join("images"), &folder.join("aligned"), &golden);
-    println!("{differ} of {pixels} pixels differ, by {largest} at the most, {largest_own} with our own matrices");
+    println!(
+        "{differ} of {pixels} pixels differ, by {largest} at the most, {largest_own} with our own matrices"
+    );
     assert!(pixels > 4_000_000);
     assert_eq!((differ, largest), (0, 0));
     assert!(largest_own <= 1);
