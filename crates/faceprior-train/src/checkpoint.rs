@@ -84,7 +84,10 @@ impl Checkpoints {
         create_dir(&dir)?;
         for entry in fs::read_dir(&dir).map_err(TrainError::io("list", &dir))? {
             let path = entry.map_err(TrainError::io("list", &dir))?.path();
-            if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(".step-")) {
+            if path
+                .file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with(".step-"))
+            {
                 fs::remove_dir_all(&path).map_err(TrainError::io("remove", &path))?;
             }
         }
@@ -122,7 +125,11 @@ impl Checkpoints {
             } else {
                 "mend the cause and resume"
             };
-            return Err(TrainError::CheckpointWrite { path, source: Box::new(source), hint: format!("{cure}; {intact}") });
+            return Err(TrainError::CheckpointWrite {
+                path,
+                source: Box::new(source),
+                hint: format!("{cure}; {intact}"),
+            });
         }
         self.prune(keep)?;
         Ok(path)
@@ -138,12 +145,30 @@ impl Checkpoints {
         let state = aside.join(STATE);
         write_state(&state)?;
         let (bytes, blake3) = checksum(&state)?;
-        let Mark { stage, step, images, score, recipe_hash } = mark;
+        let Mark {
+            stage,
+            step,
+            images,
+            score,
+            recipe_hash,
+        } = mark;
         let recipe_hash = recipe_hash.to_owned();
-        let manifest = Manifest { schema: SCHEMA, stage, step, images, score, recipe_hash, bytes, blake3 };
+        let manifest = Manifest {
+            schema: SCHEMA,
+            stage,
+            step,
+            images,
+            score,
+            recipe_hash,
+            bytes,
+            blake3,
+        };
         let text = serde_json::to_vec_pretty(&manifest).map_err(io::Error::other);
         let manifest_path = aside.join(MANIFEST);
-        write_whole(&manifest_path, &text.map_err(TrainError::io("write", &manifest_path))?)
+        write_whole(
+            &manifest_path,
+            &text.map_err(TrainError::io("write", &manifest_path))?,
+        )
     }
 
     /// The newest checkpoint that is whole, or none if there are no checkpoints. Damaged ones in front of it are
@@ -171,7 +196,10 @@ impl Checkpoints {
         }
         match problems.is_empty() {
             true => Ok((None, problems)),
-            false => Err(TrainError::AllDamaged { dir: self.dir.clone(), problems }),
+            false => Err(TrainError::AllDamaged {
+                dir: self.dir.clone(),
+                problems,
+            }),
         }
     }
 
@@ -197,7 +225,10 @@ impl Checkpoints {
     /// # Errors
     /// [`TrainError::AllDamaged`] with what is wrong.
     pub fn read(&self, path: &Path) -> Result<Checkpoint, TrainError> {
-        read(path).map_err(|problem| TrainError::AllDamaged { dir: self.dir.clone(), problems: vec![problem] })
+        read(path).map_err(|problem| TrainError::AllDamaged {
+            dir: self.dir.clone(),
+            problems: vec![problem],
+        })
     }
 
     /// The folder of the newest checkpoint, unread.
@@ -213,7 +244,11 @@ impl Checkpoints {
         let mut steps = Vec::new();
         for entry in fs::read_dir(&self.dir).map_err(TrainError::io("list", &self.dir))? {
             let path = entry.map_err(TrainError::io("list", &self.dir))?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let name = path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
             if let Some(step) = name.strip_prefix("step-").and_then(|step| step.parse().ok()) {
                 steps.push((step, path));
             }
@@ -238,7 +273,11 @@ impl Checkpoints {
     }
 
     fn set_aside(&self, path: PathBuf) -> Result<(), TrainError> {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         let aside = self.dir.join(format!("damaged-{name}"));
         if aside.exists() {
             fs::remove_dir_all(&aside).map_err(TrainError::io("remove", &aside))?;
@@ -264,10 +303,17 @@ fn read(path: &Path) -> Result<Checkpoint, String> {
         return Err(format!("{STATE} has {bytes} bytes, expected {}", manifest.bytes));
     }
     if blake3 != manifest.blake3 {
-        return Err(format!("{STATE} has the checksum {blake3}, expected {}", manifest.blake3));
+        return Err(format!(
+            "{STATE} has the checksum {blake3}, expected {}",
+            manifest.blake3
+        ));
     }
     let state = Weights::read(&state).map_err(|error| error.to_string())?;
-    Ok(Checkpoint { path: path.to_owned(), manifest, state })
+    Ok(Checkpoint {
+        path: path.to_owned(),
+        manifest,
+        state,
+    })
 }
 
 fn checksum(path: &Path) -> Result<(u64, String), TrainError> {
@@ -290,7 +336,13 @@ mod tests {
     }
 
     fn mark(step: u64, score: Option<f64>) -> Mark<'static> {
-        Mark { stage: StageName::Prior, step, images: step * 8, score, recipe_hash: "hash" }
+        Mark {
+            stage: StageName::Prior,
+            step,
+            images: step * 8,
+            score,
+            recipe_hash: "hash",
+        }
     }
 
     fn store(dir: &tempfile::TempDir) -> Checkpoints {
@@ -320,7 +372,14 @@ mod tests {
     fn the_newest_and_the_best_are_kept() {
         let dir = tempfile::tempdir().unwrap();
         let store = store(&dir);
-        for (step, score) in [(1, None), (2, Some(0.9)), (3, Some(0.5)), (4, Some(0.9)), (5, None), (6, None)] {
+        for (step, score) in [
+            (1, None),
+            (2, Some(0.9)),
+            (3, Some(0.5)),
+            (4, Some(0.9)),
+            (5, None),
+            (6, None),
+        ] {
             store.write(&state(step as f32), mark(step, score), 2).unwrap();
         }
         assert_eq!(step_names(&store), [2, 5, 6]);
@@ -347,10 +406,17 @@ mod tests {
         let (checkpoint, problems) = store.newest().unwrap();
         assert_eq!(checkpoint.unwrap().manifest.step, 1);
         assert_eq!(problems.len(), 3);
-        assert!(problems[0].contains("step-000000004") && problems[0].contains("checksum"), "{problems:?}");
+        assert!(
+            problems[0].contains("step-000000004") && problems[0].contains("checksum"),
+            "{problems:?}"
+        );
         assert!(problems[1].contains("has 100 bytes, expected"), "{problems:?}");
         assert!(problems[2].contains(MANIFEST), "{problems:?}");
-        assert_eq!(step_names(&store), [1], "damaged ones must not stand in the way of new ones");
+        assert_eq!(
+            step_names(&store),
+            [1],
+            "damaged ones must not stand in the way of new ones"
+        );
         store.write(&state(4.0), mark(4, None), 9).unwrap();
         assert_eq!(store.newest().unwrap().0.unwrap().manifest.step, 4);
     }
@@ -362,7 +428,10 @@ mod tests {
         let path = store.write(&state(1.0), mark(1, None), 2).unwrap();
         fs::write(path.join(MANIFEST), "{}").unwrap();
         let error = store.newest().unwrap_err().to_string();
-        assert!(error.contains("no checkpoint in") && error.contains("step-000000001"), "{error}");
+        assert!(
+            error.contains("no checkpoint in") && error.contains("step-000000001"),
+            "{error}"
+        );
         assert!(path.exists(), "nothing is touched when nothing can be used");
     }
 
@@ -376,11 +445,21 @@ mod tests {
             Err(TrainError::io("write", path)(io::ErrorKind::StorageFull.into()))
         };
         let error = store.write_with(full, mark(2, None), 1).unwrap_err().to_string();
-        assert!(error.contains("step-000000002") && error.contains("the disk is full"), "{error}");
+        assert!(
+            error.contains("step-000000002") && error.contains("the disk is full"),
+            "{error}"
+        );
         assert!(error.contains("step-000000001\" is intact"), "{error}");
         assert_eq!(step_names(&store), [1]);
-        assert_eq!(fs::read_dir(dir.path().join("checkpoints")).unwrap().count(), 1, "nothing is left behind");
-        assert_eq!(store.newest().unwrap().0.unwrap().state.get("a"), state(1.0).get("a"));
+        assert_eq!(
+            fs::read_dir(dir.path().join("checkpoints")).unwrap().count(),
+            1,
+            "nothing is left behind"
+        );
+        assert_eq!(
+            store.newest().unwrap().0.unwrap().state.get("a"),
+            state(1.0).get("a")
+        );
     }
 
     #[test]

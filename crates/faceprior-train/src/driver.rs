@@ -138,7 +138,12 @@ pub fn train(
     });
     if driver.progress.images < driver.budget.images {
         let feed = driver.stage.feed()?;
-        let mut loader = Loader::new(feed.dataset, feed.transform, feed.config, driver.progress.position)?;
+        let mut loader = Loader::new(
+            feed.dataset,
+            feed.transform,
+            feed.config,
+            driver.progress.position,
+        )?;
         while driver.progress.images < driver.budget.images {
             if stop.requested() {
                 return driver.leave();
@@ -163,7 +168,13 @@ struct Progress {
 
 impl Progress {
     fn start(seed: u64) -> Self {
-        Self { seed, step: 0, images: 0, position: Position::default(), window: BTreeMap::new() }
+        Self {
+            seed,
+            step: 0,
+            images: 0,
+            position: Position::default(),
+            window: BTreeMap::new(),
+        }
     }
 
     fn add(&mut self, name: &str, value: f64) {
@@ -174,7 +185,10 @@ impl Progress {
 
     fn means(&mut self) -> Vec<(String, f64)> {
         let window = std::mem::take(&mut self.window);
-        window.into_iter().map(|(name, (sum, count))| (name, f64::from_bits(sum) / count as f64)).collect()
+        window
+            .into_iter()
+            .map(|(name, (sum, count))| (name, f64::from_bits(sum) / count as f64))
+            .collect()
     }
 }
 
@@ -187,15 +201,20 @@ struct Speed {
 impl Speed {
     fn add(&mut self, images: u64, elapsed: Duration) {
         let now = elapsed.as_secs_f64() / images.max(1) as f64;
-        self.seconds_per_image = Some(self.seconds_per_image.map_or(now, |before| 0.9 * before + 0.1 * now));
+        self.seconds_per_image = Some(
+            self.seconds_per_image
+                .map_or(now, |before| 0.9 * before + 0.1 * now),
+        );
     }
 
     fn images_per_second(&self) -> f64 {
-        self.seconds_per_image.map_or(0.0, |seconds| 1.0 / seconds.max(1e-9))
+        self.seconds_per_image
+            .map_or(0.0, |seconds| 1.0 / seconds.max(1e-9))
     }
 
     fn time_for(&self, images: u64) -> Duration {
-        Duration::try_from_secs_f64(images as f64 * self.seconds_per_image.unwrap_or(0.0)).unwrap_or(Duration::MAX)
+        Duration::try_from_secs_f64(images as f64 * self.seconds_per_image.unwrap_or(0.0))
+            .unwrap_or(Duration::MAX)
     }
 }
 
@@ -213,8 +232,20 @@ struct Driver<'a> {
 
 impl Driver<'_> {
     fn clock(&self) -> Clock {
-        let Progress { seed, step, images, ref position, .. } = self.progress;
-        Clock { seed, step, images, total_images: self.budget.images, epoch: position.epoch }
+        let Progress {
+            seed,
+            step,
+            images,
+            ref position,
+            ..
+        } = self.progress;
+        Clock {
+            seed,
+            step,
+            images,
+            total_images: self.budget.images,
+            epoch: position.epoch,
+        }
     }
 
     /// Takes up the newest checkpoint, if there is one, and drops the records after it.
@@ -239,7 +270,10 @@ impl Driver<'_> {
         let seen = batch.len() as u64;
         let started = Instant::now();
         let wait = batch.wait;
-        let before = Clock { epoch: batch.position.epoch, ..self.clock() };
+        let before = Clock {
+            epoch: batch.position.epoch,
+            ..self.clock()
+        };
         // Dropout and other draws inside the networks come from the device's generator.
         self.stage.device().seed(before.rng("device").next_u64());
         let report = self.stage.step(batch, &before)?;
@@ -259,7 +293,9 @@ impl Driver<'_> {
             clock: &clock,
             report: &report,
             images_per_second: self.speed.images_per_second(),
-            remaining: self.speed.time_for(clock.total_images.saturating_sub(clock.images)),
+            remaining: self
+                .speed
+                .time_for(clock.total_images.saturating_sub(clock.images)),
         });
         for warning in &report.warnings {
             self.warn(warning)?;
@@ -290,27 +326,45 @@ impl Driver<'_> {
         let clock = self.clock();
         let mut fields = BTreeMap::from([
             ("epoch".to_owned(), Value::from(clock.epoch)),
-            ("images_per_second".to_owned(), self.speed.images_per_second().into()),
+            (
+                "images_per_second".to_owned(),
+                self.speed.images_per_second().into(),
+            ),
         ]);
         if unreadable > 0 {
             fields.insert("unreadable_pictures".to_owned(), unreadable.into());
         }
-        fields.extend(self.progress.means().into_iter().map(|(name, mean)| (name, mean.into())));
+        fields.extend(
+            self.progress
+                .means()
+                .into_iter()
+                .map(|(name, mean)| (name, mean.into())),
+        );
         self.run.record("step", clock.step, clock.images, fields)
     }
 
     fn evaluate(&mut self) -> Result<Option<f64>, TrainError> {
         let clock = self.clock();
         self.reporter.report(Event::Evaluating { clock: &clock });
-        self.stage.device().seed(clock.rng("device, evaluation").next_u64());
+        self.stage
+            .device()
+            .seed(clock.rng("device, evaluation").next_u64());
         let evaluation = self.stage.evaluate(&clock)?;
         for (name, picture) in &evaluation.pictures {
-            picture.write(&self.run.samples_dir().join(format!("step-{:09}-{name}.png", clock.step)))?;
+            let name = format!("step-{:09}-{name}.png", clock.step);
+            picture.write(self.run.samples_dir().join(name))?;
         }
         let score = evaluation.score.map(|score| ("score".to_owned(), score.into()));
-        let values = evaluation.values.iter().map(|(name, value)| (name.clone(), (*value).into()));
-        self.run.record("evaluation", clock.step, clock.images, values.chain(score))?;
-        self.reporter.report(Event::Evaluated { clock: &clock, evaluation: &evaluation });
+        let values = evaluation
+            .values
+            .iter()
+            .map(|(name, value)| (name.clone(), (*value).into()));
+        self.run
+            .record("evaluation", clock.step, clock.images, values.chain(score))?;
+        self.reporter.report(Event::Evaluated {
+            clock: &clock,
+            evaluation: &evaluation,
+        });
         Ok(evaluation.score)
     }
 
@@ -319,7 +373,10 @@ impl Driver<'_> {
         if let Some(name) = not_finite(&state) {
             return Err(self.diverged(format!("{name} has values that are not finite"))?);
         }
-        state.set_metadata(PROGRESS, serde_json::to_string(&self.progress).expect("plain data has a JSON form"));
+        state.set_metadata(
+            PROGRESS,
+            serde_json::to_string(&self.progress).expect("plain data has a JSON form"),
+        );
         self.run.sync_log()?;
         let mark = Mark {
             stage: self.stage.name(),
@@ -339,7 +396,11 @@ impl Driver<'_> {
             Some(path) if self.saved_at == Some(self.progress.step) => path,
             _ => self.save(None)?,
         };
-        Ok(Outcome::Stopped { checkpoint, images: self.progress.images, total_images: self.budget.images })
+        Ok(Outcome::Stopped {
+            checkpoint,
+            images: self.progress.images,
+            total_images: self.budget.images,
+        })
     }
 
     /// Exports the best state, or the last if the stage does not score itself.
@@ -374,7 +435,8 @@ impl Driver<'_> {
 
     fn warn(&mut self, message: &str) -> Result<(), TrainError> {
         let (step, images) = (self.progress.step, self.progress.images);
-        self.run.record("warning", step, images, [("message".to_owned(), message.into())])?;
+        self.run
+            .record("warning", step, images, [("message".to_owned(), message.into())])?;
         self.reporter.report(Event::Warning { message });
         Ok(())
     }
@@ -382,21 +444,36 @@ impl Driver<'_> {
     fn diverged(&self, what: String) -> Result<TrainError, TrainError> {
         let last_good = self.run.checkpoints().newest_path()?;
         let Progress { step, images, .. } = self.progress;
-        Ok(TrainError::Diverged { step, images, what, last_good })
+        Ok(TrainError::Diverged {
+            step,
+            images,
+            what,
+            last_good,
+        })
     }
 }
 
 /// Puts a checkpoint into a stage; the result is where the driver goes on.
 fn load(stage: &mut dyn Stage, checkpoint: &Checkpoint) -> Result<Progress, TrainError> {
     let path = || checkpoint.path.clone();
-    let mismatch = |source| TrainError::CheckpointMismatch { path: path(), source: Box::new(source) };
+    let mismatch = |source| TrainError::CheckpointMismatch {
+        path: path(),
+        source: Box::new(source),
+    };
     let (found, expected) = (checkpoint.manifest.stage, stage.name());
     if found != expected {
-        return Err(TrainError::OtherStage { path: path(), found, expected });
+        return Err(TrainError::OtherStage {
+            path: path(),
+            found,
+            expected,
+        });
     }
     let progress = checkpoint.state.metadata(PROGRESS).unwrap_or_default();
-    let progress = serde_json::from_str(progress)
-        .map_err(|error| mismatch(TrainError::Invalid(format!("its {PROGRESS} does not parse: {error}"))))?;
+    let progress = serde_json::from_str(progress).map_err(|error| {
+        mismatch(TrainError::Invalid(format!(
+            "its {PROGRESS} does not parse: {error}"
+        )))
+    })?;
     stage.load_state(&checkpoint.state).map_err(mismatch)?;
     Ok(progress)
 }
@@ -407,4 +484,296 @@ fn not_finite(state: &Weights) -> Option<&str> {
         let floats = state.get(name).and_then(|data| data.as_slice::<f32>().ok());
         floats.is_some_and(|floats| floats.iter().any(|x| !x.is_finite()))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    use burn::tensor::{Device, TensorData};
+    use faceprior_data::{Image, LoaderConfig, SyntheticFaces, Transform};
+
+    use crate::recipe::Recipe;
+    use crate::run::{Start, read_log};
+    use crate::stages::Feed;
+
+    /// A stage of one number, which moves by the pictures and a random draw of each step.
+    struct Toy {
+        device: Device,
+        budget: Budget,
+        value: f32,
+        loss: fn(u64) -> f64,
+        score: fn(u64) -> Option<f64>,
+    }
+
+    impl Toy {
+        fn new(images: u64) -> Self {
+            let budget = Budget {
+                images,
+                batch_size: 4,
+                record_every: 8,
+                evaluate_every: 20,
+                checkpoint_every: 12,
+                keep: 2,
+            };
+            Self {
+                device: Device::flex(),
+                budget,
+                value: 0.0,
+                loss: |_| 1.0,
+                score: |_| None,
+            }
+        }
+    }
+
+    impl Stage for Toy {
+        fn name(&self) -> StageName {
+            StageName::Prior
+        }
+
+        fn seed(&self) -> u64 {
+            7
+        }
+
+        fn device(&self) -> &Device {
+            &self.device
+        }
+
+        fn budget(&self) -> &Budget {
+            &self.budget
+        }
+
+        fn feed(&self) -> Result<Feed, TrainError> {
+            Ok(Feed {
+                dataset: Arc::new(SyntheticFaces::new(3, 3, 4, 16)),
+                transform: Transform::ResizeCropFlip {
+                    resize: 16,
+                    crop: 12,
+                    flip: true,
+                },
+                config: LoaderConfig {
+                    batch_size: 4,
+                    seed: 5,
+                    ..LoaderConfig::default()
+                },
+            })
+        }
+
+        fn step(&mut self, batch: Batch, clock: &Clock) -> Result<Report, TrainError> {
+            self.value = 0.9 * self.value + batch.images.iter().sum::<f32>() / 1e3;
+            self.value += (clock.rng("toy").next_u64() % 1000) as f32 / 1e3;
+            let values = vec![
+                ("value", f64::from(self.value)),
+                ("epoch_seen", clock.epoch as f64),
+            ];
+            Ok(Report {
+                loss: (self.loss)(clock.step + 1),
+                values,
+                warnings: Vec::new(),
+            })
+        }
+
+        fn evaluate(&self, clock: &Clock) -> Result<Evaluation, TrainError> {
+            let picture = Image::filled(4, 4, [9, 9, 9]);
+            Ok(Evaluation {
+                score: (self.score)(clock.step),
+                values: vec![("value".to_owned(), f64::from(self.value))],
+                pictures: vec![("grid".to_owned(), picture)],
+            })
+        }
+
+        fn state(&self) -> Weights {
+            let mut state = Weights::new();
+            state.insert("value", TensorData::new(vec![self.value], [1]));
+            state
+        }
+
+        fn load_state(&mut self, state: &Weights) -> Result<(), TrainError> {
+            self.value = state.tensor::<1>("value", &self.device)?.into_scalar();
+            Ok(())
+        }
+
+        fn export(&self) -> Result<Vec<(String, Weights)>, TrainError> {
+            Ok(vec![("toy.safetensors".to_owned(), self.state())])
+        }
+    }
+
+    fn open(dir: &Path) -> Run {
+        Run::open(
+            dir,
+            StageName::Prior,
+            &Recipe::load("demo", &[]).unwrap(),
+            Start::ResumeOrBegin,
+        )
+        .unwrap()
+    }
+
+    /// Requests a stop after a step.
+    struct StopAfter(u64, Stop);
+
+    impl Reporter for StopAfter {
+        fn report(&mut self, event: Event<'_>) {
+            if let Event::Step { clock, .. } = event
+                && clock.step == self.0
+            {
+                self.1.request();
+            }
+        }
+    }
+
+    fn run_whole(mut stage: Toy, dir: &Path) -> Result<Outcome, TrainError> {
+        train(&mut stage, &mut open(dir), &Stop::new(), &mut ())
+    }
+
+    fn exported(dir: &Path) -> f32 {
+        let weights = Weights::read(&dir.join("export/toy.safetensors")).unwrap();
+        weights
+            .tensor::<1>("value", &Device::flex())
+            .unwrap()
+            .into_scalar()
+    }
+
+    /// The log without what depends on the machine's speed.
+    fn log(dir: &Path) -> Vec<Value> {
+        let mut records = read_log(dir).unwrap();
+        for record in &mut records {
+            record.as_object_mut().unwrap().remove("images_per_second");
+        }
+        records
+    }
+
+    #[test]
+    fn what_is_due_is_done_when_it_is_due() {
+        let dir = tempfile::tempdir().unwrap();
+        let outcome = run_whole(Toy::new(50), dir.path()).unwrap();
+        let Outcome::Finished { step, score, exports } = outcome else {
+            panic!("{outcome:?}")
+        };
+        assert_eq!(
+            (step, score, exports.len()),
+            (13, None, 1),
+            "50 images are 13 batches of 4"
+        );
+        let at = |event: &str| -> Vec<u64> {
+            let of_kind = log(dir.path())
+                .into_iter()
+                .filter(|record| record["event"] == event);
+            of_kind.map(|record| record["images"].as_u64().unwrap()).collect()
+        };
+        assert_eq!(at("step"), [8, 16, 24, 32, 40, 48, 52]);
+        assert_eq!(at("evaluation"), [20, 40, 52]);
+        assert!(dir.path().join("samples/step-000000013-grid.png").is_file());
+        let weights = Weights::read(&dir.path().join("export/toy.safetensors")).unwrap();
+        assert_eq!(
+            weights.metadata(weights::PROVENANCE).unwrap().split(", ").last(),
+            Some("step 13")
+        );
+        assert!(
+            weights
+                .metadata(weights::RECIPE_HASH)
+                .is_some_and(|hash| hash.len() == 64)
+        );
+    }
+
+    #[test]
+    fn a_stopped_run_goes_on_as_if_nothing_had_happened() {
+        let whole = tempfile::tempdir().unwrap();
+        run_whole(Toy::new(60), whole.path()).unwrap();
+        for stop_after in [1, 3, 7, 14] {
+            let dir = tempfile::tempdir().unwrap();
+            let stop = Stop::new();
+            let mut reporter = StopAfter(stop_after, stop.clone());
+            let outcome = train(&mut Toy::new(60), &mut open(dir.path()), &stop, &mut reporter).unwrap();
+            let Outcome::Stopped {
+                checkpoint,
+                images,
+                total_images,
+            } = outcome
+            else {
+                panic!("{outcome:?}")
+            };
+            assert_eq!((images, total_images), (4 * stop_after, 60));
+            assert!(checkpoint.ends_with(format!("step-{stop_after:09}")));
+            run_whole(Toy::new(60), dir.path()).unwrap();
+            assert_eq!(exported(dir.path()).to_bits(), exported(whole.path()).to_bits());
+            assert_eq!(log(dir.path()), log(whole.path()), "stopped after {stop_after}");
+        }
+    }
+
+    #[test]
+    fn a_finished_run_is_left_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        run_whole(Toy::new(20), dir.path()).unwrap();
+        let before = (exported(dir.path()), log(dir.path()));
+        run_whole(Toy::new(20), dir.path()).unwrap();
+        assert_eq!(before, (exported(dir.path()), log(dir.path())));
+    }
+
+    #[test]
+    fn the_best_state_is_exported() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut stage = Toy::new(80);
+        // Evaluations come after steps 5, 10, 15 and 20.
+        stage.score = |step| Some(if step == 10 { 0.9 } else { 0.5 });
+        let outcome = run_whole(stage, dir.path()).unwrap();
+        let Outcome::Finished { step, score, .. } = outcome else {
+            panic!("{outcome:?}")
+        };
+        assert_eq!((step, score), (10, Some(0.9)));
+        let at_10 = log(dir.path())
+            .into_iter()
+            .find(|record| record["event"] == "evaluation" && record["step"] == 10);
+        assert_eq!(
+            f64::from(exported(dir.path())),
+            at_10.unwrap()["value"].as_f64().unwrap()
+        );
+    }
+
+    #[test]
+    fn a_loss_that_is_not_a_number_stops_the_run_and_names_the_last_good_checkpoint() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut stage = Toy::new(80);
+        stage.loss = |step| if step == 8 { f64::NAN } else { 1.0 };
+        let error = run_whole(stage, dir.path()).unwrap_err().to_string();
+        assert!(
+            error.starts_with("training diverged at step 8 (32 images): the loss is NaN"),
+            "{error}"
+        );
+        assert!(
+            error.contains("the last good checkpoint is") && error.contains("step-000000006"),
+            "{error}"
+        );
+        run_whole(Toy::new(80), dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_state_that_is_not_finite_is_never_saved() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut stage = Toy::new(80);
+        stage.value = f32::INFINITY;
+        let error = run_whole(stage, dir.path()).unwrap_err().to_string();
+        assert!(
+            error.contains("at step 3") && error.contains("value has values that are not finite"),
+            "{error}"
+        );
+        assert!(open(dir.path()).checkpoints().newest_path().unwrap().is_none());
+    }
+
+    #[test]
+    fn a_checkpoint_of_another_stage_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = open(dir.path());
+        let mark = Mark {
+            stage: StageName::Encoder,
+            step: 1,
+            images: 4,
+            score: None,
+            recipe_hash: "",
+        };
+        run.checkpoints().write(&Toy::new(4).state(), mark, 1).unwrap();
+        drop(run);
+        let error = run_whole(Toy::new(20), dir.path()).unwrap_err().to_string();
+        assert!(error.contains("is of stage encoder, expected prior"), "{error}");
+    }
 }

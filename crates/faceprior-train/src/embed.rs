@@ -12,7 +12,8 @@ use std::sync::Arc;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use faceprior_data::{
-    DataError, Dataset, Image, ImageList, Transform, center_crop_through_8bit, mirror_through_8bit, pairs, random,
+    DataError, Dataset, Image, ImageList, Transform, center_crop_through_8bit, mirror_through_8bit, pairs,
+    random,
 };
 use faceprior_eval::verification::{self, Pair, Protocol, Scored};
 use faceprior_eval::{Embeddings, Flip};
@@ -51,7 +52,11 @@ impl FaceRecognizer {
     pub fn new(network: &Recognizer, average_image: Option<Tensor<3>>) -> Self {
         let network = network.valid();
         let device = network.output_layer.3.weight.lazy_device().without_autodiff();
-        Self { network, average_image: average_image.map(Tensor::without_autodiff), device }
+        Self {
+            network,
+            average_image: average_image.map(Tensor::without_autodiff),
+            device,
+        }
     }
 
     /// The recogniser in a file of weights.
@@ -115,9 +120,10 @@ pub fn read_embedder(path: &Path, device: &Device) -> Result<Box<dyn Embedder>, 
     let device = device.clone().without_autodiff();
     let network = match weights.kind() {
         Some(MobileFaceNet::KIND) => MobileFaceNet::from_weights(&weights, &device)?,
-        None if weights.get("linear7.conv.weight").is_some() => {
-            weights.load_into(MobileFaceNetConfig::default().init(&mut Init::new(0, &device)), "")?
-        }
+        None if weights.get("linear7.conv.weight").is_some() => weights.load_into(
+            MobileFaceNetConfig::default().init(&mut Init::new(0, &device)),
+            "",
+        )?,
         _ => return Ok(Box::new(FaceRecognizer::from_weights(&weights, &device)?)),
     };
     Ok(Box::new(MobileFace { network, device }))
@@ -137,7 +143,11 @@ pub struct EmbedOptions {
 
 impl From<&EvalRecipe> for EmbedOptions {
     fn from(recipe: &EvalRecipe) -> Self {
-        Self { flip: recipe.flip, center_crop: recipe.center_crop, batch_size: recipe.batch_size }
+        Self {
+            flip: recipe.flip,
+            center_crop: recipe.center_crop,
+            batch_size: recipe.batch_size,
+        }
     }
 }
 
@@ -174,7 +184,14 @@ pub fn embed(
     let (mut embedded, mut unreadable) = (Vec::with_capacity(indices.len()), Vec::new());
     let mut done = 0;
     for chunk in indices.chunks(options.batch_size.max(1)) {
-        let read = |&index: &usize| (index, dataset.read(index).map(|image| prepare(&image, [height, width], options)));
+        let read = |&index: &usize| {
+            (
+                index,
+                dataset
+                    .read(index)
+                    .map(|image| prepare(&image, [height, width], options)),
+            )
+        };
         let pictures: Vec<_> = chunk.par_iter().map(read).collect();
         let (mut images, mut mirrors) = (Vec::new(), Vec::new());
         for (index, picture) in pictures {
@@ -196,9 +213,16 @@ pub fn embed(
         }
         progress(done);
     }
-    let embeddings =
-        Embeddings::combined(Embeddings::new(dim, plain)?, &Embeddings::new(dim, mirrored)?, options.flip)?;
-    Ok(Embedded { embeddings, indices: embedded, unreadable })
+    let embeddings = Embeddings::combined(
+        Embeddings::new(dim, plain)?,
+        &Embeddings::new(dim, mirrored)?,
+        options.flip,
+    )?;
+    Ok(Embedded {
+        embeddings,
+        indices: embedded,
+        unreadable,
+    })
 }
 
 /// Runs a batch and appends its embeddings; the result is their length.
@@ -213,14 +237,23 @@ fn forward(
     let embeddings = network.embed(Tensor::from_data(data, network.device())); // [N, dim]
     let [_, dim] = embeddings.dims();
     let values = embeddings.into_data().try_to_vec::<f32>();
-    rows.extend(values.map_err(|error| TrainError::Invalid(format!("cannot read the embeddings back: {error}")))?);
+    rows.extend(
+        values.map_err(|error| TrainError::Invalid(format!("cannot read the embeddings back: {error}")))?,
+    );
     Ok(dim)
 }
 
 /// The picture as `[3, H, W]` and, unless no flip is wanted, its mirror image.
 fn prepare(image: &Image, [height, width]: [usize; 2], options: EmbedOptions) -> (Vec<f32>, Vec<f32>) {
     let mut plain = vec![0.0; 3 * height * width];
-    let mut mirrored = vec![0.0; if options.flip == Flip::None { 0 } else { plain.len() }];
+    let mut mirrored = vec![
+        0.0;
+        if options.flip == Flip::None {
+            0
+        } else {
+            plain.len()
+        }
+    ];
     if options.center_crop {
         let Transform::ResizeCenterCrop { resize, crop } = Transform::center_crop(width) else {
             unreachable!("a centre crop is a centre crop");
@@ -263,14 +296,18 @@ impl PairSet {
     /// # Errors
     /// A pair that names a picture that the set does not have.
     pub fn named(dataset: Arc<dyn Dataset>, named: &[faceprior_data::Pair]) -> Result<Self, TrainError> {
-        let by_name: HashMap<String, usize> = (0..dataset.len()).map(|index| (dataset.name(index), index)).collect();
+        let by_name: HashMap<String, usize> = (0..dataset.len())
+            .map(|index| (dataset.name(index), index))
+            .collect();
         let mut pictures = Rows::default();
         let mut people: HashMap<&str, u32> = HashMap::new();
         let mut pairs = Vec::with_capacity(named.len());
         for pair in named {
             let mut find = |name| {
                 let index = by_name.get(name).ok_or_else(|| {
-                    TrainError::Invalid(format!("a pair names picture {name:?}, which the set does not have"))
+                    TrainError::Invalid(format!(
+                        "a pair names picture {name:?}, which the set does not have"
+                    ))
                 })?;
                 Ok::<_, TrainError>(pictures.row(*index))
             };
@@ -282,10 +319,22 @@ impl PairSet {
             fn first_folder(name: &str) -> &str {
                 name.split_once('/').map_or(name, |(folder, _)| folder)
             }
-            let people = [person(first_folder(&pair.left)), person(first_folder(&pair.right))];
-            pairs.push(Pair { left, right, same: pair.same, people });
+            let people = [
+                person(first_folder(&pair.left)),
+                person(first_folder(&pair.right)),
+            ];
+            pairs.push(Pair {
+                left,
+                right,
+                same: pair.same,
+                people,
+            });
         }
-        Ok(Self { dataset, indices: pictures.indices, pairs })
+        Ok(Self {
+            dataset,
+            indices: pictures.indices,
+            pairs,
+        })
     }
 
     /// The pairs of an LFW-style file, of pictures in a folder.
@@ -305,11 +354,15 @@ impl PairSet {
     pub fn sample(dataset: Arc<dyn Dataset>, count: usize, seed: u64) -> Result<Self, TrainError> {
         let mut by_person: HashMap<u32, Vec<usize>> = HashMap::new();
         for index in 0..dataset.len() {
-            by_person.entry(dataset.label(index).unwrap_or(0)).or_default().push(index);
+            by_person
+                .entry(dataset.label(index).unwrap_or(0))
+                .or_default()
+                .push(index);
         }
         let mut people: Vec<(u32, Vec<usize>)> = by_person.into_iter().collect();
         people.sort_unstable();
-        let several: Vec<&(u32, Vec<usize>)> = people.iter().filter(|(_, pictures)| pictures.len() > 1).collect();
+        let several: Vec<&(u32, Vec<usize>)> =
+            people.iter().filter(|(_, pictures)| pictures.len() > 1).collect();
         if people.len() < 2 || several.is_empty() {
             return Err(TrainError::Invalid(format!(
                 "cannot make pairs of {} people, {} of them with several pictures\n\
@@ -338,9 +391,18 @@ impl PairSet {
                 };
                 (picture(&people[one]), picture(&people[other]))
             };
-            pairs.push(Pair { left: rows.row(left.1), right: rows.row(right.1), same, people: [left.0, right.0] });
+            pairs.push(Pair {
+                left: rows.row(left.1),
+                right: rows.row(right.1),
+                same,
+                people: [left.0, right.0],
+            });
         }
-        Ok(Self { dataset, indices: rows.indices, pairs })
+        Ok(Self {
+            dataset,
+            indices: rows.indices,
+            pairs,
+        })
     }
 
     /// The set that holds the pictures.
@@ -428,7 +490,11 @@ mod tests {
 
         fn embed(&self, images: Tensor<4>) -> Tensor<2> {
             let [n, c, h, w] = images.dims();
-            images.reshape([n, c * h, 2, w / 2]).mean_dim(3).mean_dim(1).reshape([n, 2])
+            images
+                .reshape([n, c * h, 2, w / 2])
+                .mean_dim(3)
+                .mean_dim(1)
+                .reshape([n, 2])
         }
     }
 
@@ -444,7 +510,10 @@ mod tests {
 
         fn read(&self, index: usize) -> Result<Image, DataError> {
             if self.broken == Some(index) {
-                return Err(DataError::Decode { name: self.name(index), reason: "cut short".to_owned() });
+                return Err(DataError::Decode {
+                    name: self.name(index),
+                    reason: "cut short".to_owned(),
+                });
             }
             let mut pixels = vec![0; 16 * 16 * 3];
             for (at, value) in pixels.iter_mut().enumerate() {
@@ -467,20 +536,38 @@ mod tests {
     }
 
     fn network(size: [usize; 2]) -> Halves {
-        Halves { device: Device::flex(), size }
+        Halves {
+            device: Device::flex(),
+            size,
+        }
     }
 
-    const WHOLE: EmbedOptions = EmbedOptions { flip: Flip::None, center_crop: false, batch_size: 4 };
+    const WHOLE: EmbedOptions = EmbedOptions {
+        flip: Flip::None,
+        center_crop: false,
+        batch_size: 4,
+    };
 
     fn rows(options: EmbedOptions) -> Embedded {
-        embed(&network([16, 16]), &Six { broken: None }, &[0, 1, 2, 3, 4, 5], options, &mut |_| ()).unwrap()
+        embed(
+            &network([16, 16]),
+            &Six { broken: None },
+            &[0, 1, 2, 3, 4, 5],
+            options,
+            &mut |_| (),
+        )
+        .unwrap()
     }
 
     #[test]
     fn the_batch_size_changes_nothing() {
         for flip in [Flip::None, Flip::Sum, Flip::Concat] {
             for center_crop in [false, true] {
-                let options = |batch_size| EmbedOptions { flip, center_crop, batch_size };
+                let options = |batch_size| EmbedOptions {
+                    flip,
+                    center_crop,
+                    batch_size,
+                };
                 assert_eq!(rows(options(1)).embeddings, rows(options(6)).embeddings);
             }
         }
@@ -490,10 +577,21 @@ mod tests {
     fn flips_are_of_the_mirror_image() {
         let plain = rows(WHOLE).embeddings;
         assert!(plain.row(0)[0] > 0.0 && plain.row(0)[1] < 0.0);
-        let joined = rows(EmbedOptions { flip: Flip::Concat, ..WHOLE }).embeddings;
+        let joined = rows(EmbedOptions {
+            flip: Flip::Concat,
+            ..WHOLE
+        })
+        .embeddings;
         assert_eq!(joined.dim(), 4);
-        assert!((joined.row(0)[0] - joined.row(0)[3]).abs() < 1e-6, "left of the picture, right of its mirror image");
-        let summed = rows(EmbedOptions { flip: Flip::Sum, ..WHOLE }).embeddings;
+        assert!(
+            (joined.row(0)[0] - joined.row(0)[3]).abs() < 1e-6,
+            "left of the picture, right of its mirror image"
+        );
+        let summed = rows(EmbedOptions {
+            flip: Flip::Sum,
+            ..WHOLE
+        })
+        .embeddings;
         assert!((summed.row(0)[0] - summed.row(0)[1]).abs() < 1e-6);
     }
 
@@ -501,23 +599,49 @@ mod tests {
     fn unreadable_pictures_are_set_apart_and_forbid_a_score() {
         let set = Six { broken: Some(2) };
         let mut seen = Vec::new();
-        let options = EmbedOptions { batch_size: 1, ..WHOLE };
-        let result = embed(&network([16, 16]), &set, &[1, 2, 3], options, &mut |n| seen.push(n)).unwrap();
+        let options = EmbedOptions {
+            batch_size: 1,
+            ..WHOLE
+        };
+        let result = embed(&network([16, 16]), &set, &[1, 2, 3], options, &mut |n| {
+            seen.push(n)
+        })
+        .unwrap();
         assert_eq!(result.indices, [1, 3]);
         assert_eq!(result.embeddings.len(), 2);
         assert_eq!(result.unreadable[0].0, 2);
         assert_eq!(seen, [1, 2, 3]);
         let pairs = PairSet::sample(Arc::new(set), 60, 1).unwrap();
-        let error = pairs.embed(&network([16, 16]), WHOLE, &mut |_| ()).unwrap_err().to_string();
+        let error = pairs
+            .embed(&network([16, 16]), WHOLE, &mut |_| ())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("picture 2"), "{error}");
     }
 
     #[test]
     fn a_centre_crop_needs_a_square() {
-        let options = EmbedOptions { center_crop: true, ..WHOLE };
-        let error = embed(&network([16, 12]), &Six { broken: None }, &[0], options, &mut |_| ()).unwrap_err();
+        let options = EmbedOptions {
+            center_crop: true,
+            ..WHOLE
+        };
+        let error = embed(
+            &network([16, 12]),
+            &Six { broken: None },
+            &[0],
+            options,
+            &mut |_| (),
+        )
+        .unwrap_err();
         assert!(error.to_string().contains("12 wide and 16 high"), "{error}");
-        let whole = embed(&network([16, 12]), &Six { broken: None }, &[0], WHOLE, &mut |_| ()).unwrap();
+        let whole = embed(
+            &network([16, 12]),
+            &Six { broken: None },
+            &[0],
+            WHOLE,
+            &mut |_| (),
+        )
+        .unwrap();
         assert_eq!(whole.embeddings.len(), 1);
     }
 

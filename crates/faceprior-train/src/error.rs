@@ -142,7 +142,10 @@ impl TrainError {
     /// Whether the disk, or the user's share of it, is full.
     pub(crate) fn is_disk_full(&self) -> bool {
         let full = |source: &io::Error| {
-            matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+            matches!(
+                source.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            )
         };
         match self {
             Self::Io { source, .. } | Self::Weights(WeightsError::Io { source, .. }) => full(source),

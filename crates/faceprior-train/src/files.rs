@@ -25,8 +25,14 @@ pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
 /// Makes the names in a folder survive a power cut. On systems where a folder cannot be opened it does nothing.
 pub(crate) fn sync_dir(dir: &Path) -> Result<(), TrainError> {
     if cfg!(unix) {
-        let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(TrainError::io("sync", dir))?;
+        let dir = if dir.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            dir
+        };
+        File::open(dir)
+            .and_then(|dir| dir.sync_all())
+            .map_err(TrainError::io("sync", dir))?;
     }
     Ok(())
 }

@@ -31,9 +31,18 @@ pub fn all_but_batch_norm(param: &ParamRef) -> bool {
 
 #[derive(Clone, Debug)]
 enum Rule {
-    Sgd { momentum: f64, weight_decay: f64, decays: fn(&ParamRef) -> bool },
-    Adam { betas: [f64; 2], eps: f64 },
-    Ranger { weight_decay: f64 },
+    Sgd {
+        momentum: f64,
+        weight_decay: f64,
+        decays: fn(&ParamRef) -> bool,
+    },
+    Adam {
+        betas: [f64; 2],
+        eps: f64,
+    },
+    Ranger {
+        weight_decay: f64,
+    },
 }
 
 /// What an optimiser remembers of one parameter: updates so far and flat tensors, in the order of the rule's names.
@@ -53,7 +62,11 @@ pub struct Optimizer {
 impl Optimizer {
     /// Stochastic gradient descent with momentum (dampening 0) and decay of the parameters for which `decays` holds.
     pub fn sgd(momentum: f64, weight_decay: f64, decays: fn(&ParamRef) -> bool) -> Self {
-        Self::new(Rule::Sgd { momentum, weight_decay, decays })
+        Self::new(Rule::Sgd {
+            momentum,
+            weight_decay,
+            decays,
+        })
     }
 
     /// Adam with ε 1e-8.
@@ -67,20 +80,31 @@ impl Optimizer {
     }
 
     fn new(rule: Rule) -> Self {
-        Self { rule, slots: BTreeMap::new() }
+        Self {
+            rule,
+            slots: BTreeMap::new(),
+        }
     }
 
     /// Takes one step: every parameter of `module` that has a gradient moves, and its gradient is taken out of
     /// `gradients`. An updated parameter is a fresh leaf that requires a gradient.
     pub fn step<M: Module>(&mut self, module: M, gradients: &mut Gradients, learning_rate: f64) -> M {
-        module.map(&mut Step { optimizer: self, gradients, learning_rate, path: Path::default() })
+        module.map(&mut Step {
+            optimizer: self,
+            gradients,
+            learning_rate,
+            path: Path::default(),
+        })
     }
 
     /// The state, each tensor under `prefix` + parameter + `.` + its name in PyTorch.
     pub fn state(&self, prefix: &str) -> Weights {
         let mut weights = Weights::new();
         for (param, slot) in &self.slots {
-            weights.insert(&format!("{prefix}{param}.{UPDATES}"), TensorData::new(vec![slot.updates as i64], [1]));
+            weights.insert(
+                &format!("{prefix}{param}.{UPDATES}"),
+                TensorData::new(vec![slot.updates as i64], [1]),
+            );
             for (name, tensor) in self.rule.names().iter().zip(&slot.tensors) {
                 weights.insert_tensor(&format!("{prefix}{param}.{name}"), tensor.clone());
             }
@@ -92,9 +116,17 @@ impl Optimizer {
     ///
     /// # Errors
     /// State of another rule, or a tensor that is missing or malformed.
-    pub fn load_state(&mut self, weights: &Weights, prefix: &str, device: &Device) -> Result<(), WeightsError> {
+    pub fn load_state(
+        &mut self,
+        weights: &Weights,
+        prefix: &str,
+        device: &Device,
+    ) -> Result<(), WeightsError> {
         let device = device.clone().without_autodiff();
-        let mismatch = |problem| WeightsError::Mismatch { origin: weights.origin(), problem };
+        let mismatch = |problem| WeightsError::Mismatch {
+            origin: weights.origin(),
+            problem,
+        };
         let names = self.rule.names();
         let mut slots = BTreeMap::new();
         for name in weights.names().filter(|name| name.starts_with(prefix)) {
@@ -117,7 +149,13 @@ impl Optimizer {
                 .iter()
                 .map(|slot| weights.tensor::<1>(&format!("{prefix}{param}.{slot}"), &device))
                 .collect::<Result<Vec<_>, _>>()?;
-            slots.insert(param.to_owned(), Slot { updates: updates as u64, tensors });
+            slots.insert(
+                param.to_owned(),
+                Slot {
+                    updates: updates as u64,
+                    tensors,
+                },
+            );
         }
         self.slots = slots;
         Ok(())
@@ -158,7 +196,11 @@ impl Rule {
         let updates = slot.as_ref().map_or(0, |slot| slot.updates) + 1;
         let t = updates as f64;
         match *self {
-            Rule::Sgd { momentum, weight_decay, decays } => {
+            Rule::Sgd {
+                momentum,
+                weight_decay,
+                decays,
+            } => {
                 if weight_decay != 0.0 && decays(param) {
                     g = g + p.clone().mul_scalar(weight_decay);
                 }
@@ -166,20 +208,42 @@ impl Rule {
                     Some(Slot { mut tensors, .. }) => tensors.swap_remove(0).mul_scalar(momentum) + g,
                     None => g,
                 };
-                (p - buffer.clone().mul_scalar(rate), Slot { updates, tensors: vec![buffer] })
+                (
+                    p - buffer.clone().mul_scalar(rate),
+                    Slot {
+                        updates,
+                        tensors: vec![buffer],
+                    },
+                )
             }
-            Rule::Adam { betas: [beta1, beta2], eps } => {
+            Rule::Adam {
+                betas: [beta1, beta2],
+                eps,
+            } => {
                 let (m, v, _) = moments(slot, g, [beta1, beta2]);
                 let correction = (1.0 - beta2.powf(t)).sqrt();
                 let denominator = v.clone().sqrt().div_scalar(correction).add_scalar(eps);
-                let step = m.clone().div(denominator).mul_scalar(rate / (1.0 - beta1.powf(t)));
-                (p - step, Slot { updates, tensors: vec![m, v] })
+                let step = m
+                    .clone()
+                    .div(denominator)
+                    .mul_scalar(rate / (1.0 - beta1.powf(t)));
+                (
+                    p - step,
+                    Slot {
+                        updates,
+                        tensors: vec![m, v],
+                    },
+                )
             }
             Rule::Ranger { weight_decay } => {
                 let [beta1, beta2] = RANGER_BETAS;
                 let (m, v, slow) = moments(slot, g, RANGER_BETAS);
                 let slow = slow.unwrap_or_else(|| p.clone());
-                let p = if weight_decay != 0.0 { p.mul_scalar(1.0 - rate * weight_decay) } else { p };
+                let p = if weight_decay != 0.0 {
+                    p.mul_scalar(1.0 - rate * weight_decay)
+                } else {
+                    p
+                };
                 let n_max = 2.0 / (1.0 - beta2) - 1.0;
                 let decayed = beta2.powf(t);
                 let n = n_max - 2.0 * t * decayed / (1.0 - decayed);
@@ -200,14 +264,24 @@ impl Rule {
                 } else {
                     (p, slow)
                 };
-                (p, Slot { updates, tensors: vec![m, v, slow] })
+                (
+                    p,
+                    Slot {
+                        updates,
+                        tensors: vec![m, v, slow],
+                    },
+                )
             }
         }
     }
 }
 
 /// Running first and second moment after a gradient, from 0; and the third tensor of the slot, if there was one.
-fn moments(slot: Option<Slot>, g: Tensor<1>, [beta1, beta2]: [f64; 2]) -> (Tensor<1>, Tensor<1>, Option<Tensor<1>>) {
+fn moments(
+    slot: Option<Slot>,
+    g: Tensor<1>,
+    [beta1, beta2]: [f64; 2],
+) -> (Tensor<1>, Tensor<1>, Option<Tensor<1>>) {
     let squared = g.clone().square().mul_scalar(1.0 - beta2);
     let weighted = g.mul_scalar(1.0 - beta1);
     match slot {
@@ -254,7 +328,10 @@ impl ModuleMapper for Step<'_> {
         let slot = self.optimizer.slots.remove(&path);
         let (value, slot) = rule.update(
             slot,
-            &ParamRef { path: &path, batch_norm: self.path.in_batch_norm() },
+            &ParamRef {
+                path: &path,
+                batch_norm: self.path.in_batch_norm(),
+            },
             value.without_autodiff().reshape([size]),
             gradient.reshape([size]),
             self.learning_rate,
@@ -287,7 +364,9 @@ impl Path {
     }
 
     fn in_batch_norm(&self) -> bool {
-        self.containers.last().is_some_and(|container| container == "Struct:BatchNorm")
+        self.containers
+            .last()
+            .is_some_and(|container| container == "Struct:BatchNorm")
     }
 }
 
@@ -305,9 +384,16 @@ pub fn ema_decay(decay: f64, n: u64) -> f64 {
 /// Moves an averaged copy towards `source`: learnt parameters by `average ← decay·average + (1 − decay)·source`,
 /// buffers by taking the source's. The copy stays off the gradient graph.
 pub fn update_average<M: Module>(average: M, source: &M, decay: f64) -> M {
-    let mut collect = Collect { path: Path::default(), tensors: BTreeMap::new() };
+    let mut collect = Collect {
+        path: Path::default(),
+        tensors: BTreeMap::new(),
+    };
     source.visit(&mut collect);
-    average.map(&mut Average { path: Path::default(), source: collect.tensors, decay })
+    average.map(&mut Average {
+        path: Path::default(),
+        source: collect.tensors,
+        decay,
+    })
 }
 
 struct Collect {
@@ -328,7 +414,10 @@ impl ModuleVisitor for Collect {
         let value = param.base();
         let learnt = value.is_require_grad();
         let size = value.dims().iter().product::<usize>();
-        self.tensors.insert(self.path.join(), (value.without_autodiff().reshape([size]), learnt));
+        self.tensors.insert(
+            self.path.join(),
+            (value.without_autodiff().reshape([size]), learnt),
+        );
     }
 }
 
@@ -407,7 +496,10 @@ mod tests {
 
     fn follows_golden(mut optimizer: Optimizer, golden: &str, rate: f64, steps: usize) {
         let device = Device::flex().autodiff();
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../goldens/optimizers.safetensors");
+        let path = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../../goldens/optimizers.safetensors"
+        );
         let goldens = Weights::read(path.as_ref()).unwrap();
         let mut module = golden_module(&device);
         for t in 0..steps {
@@ -419,11 +511,17 @@ mod tests {
                 let golden_name = format!("{golden}.{name}.step{}", t + 1);
                 let expected: Vec<f32> = goldens.get(&golden_name).unwrap().try_to_vec().unwrap();
                 for (got, expected) in got.iter().zip(&expected) {
-                    assert!((got - expected).abs() <= 1e-6 + 1e-5 * expected.abs(), "{golden_name}: {got} {expected}");
+                    assert!(
+                        (got - expected).abs() <= 1e-6 + 1e-5 * expected.abs(),
+                        "{golden_name}: {got} {expected}"
+                    );
                 }
             }
         }
-        assert!(module.conv.val().is_require_grad(), "an updated parameter is a leaf again");
+        assert!(
+            module.conv.val().is_require_grad(),
+            "an updated parameter is a leaf again"
+        );
     }
 
     fn not_the_bias(param: &ParamRef) -> bool {
@@ -456,7 +554,10 @@ mod tests {
     fn decay_leaves_batch_norm_alone_and_frozen_parameters_do_not_move() {
         let device = Device::flex().autodiff();
         let mut init = Init::new(1, &device);
-        let module = WithNorm { norm: BatchNorm::new(&mut init, 3), slope: init.constant([3], 2.0) };
+        let module = WithNorm {
+            norm: BatchNorm::new(&mut init, 3),
+            slope: init.constant([3], 2.0),
+        };
         // A loss with zero gradients: what moves, moves by decay.
         let zero = |module: &WithNorm| {
             let x = Tensor::<2>::from_floats([[1.0, 2.0, 3.0], [0.0, 1.0, -1.0]], &device);
@@ -499,7 +600,10 @@ mod tests {
             let mut second = make();
             second.load_state(&first.state("o."), "o.", &device).unwrap();
             let got = run(half, &mut second, 4..9);
-            let (expected, got) = (Weights::from_module(&expected, ""), Weights::from_module(&got, ""));
+            let (expected, got) = (
+                Weights::from_module(&expected, ""),
+                Weights::from_module(&got, ""),
+            );
             for name in expected.names() {
                 assert_eq!(expected.get(name), got.get(name), "{name}");
             }
@@ -513,18 +617,30 @@ mod tests {
         let mut adam = Optimizer::adam([0.0, 0.99]);
         adam.step(module.clone(), &mut golden_gradients(&module, 0, &device), 0.01);
         let mut sgd = Optimizer::sgd(0.9, 0.0, all_but_batch_norm);
-        let error = sgd.load_state(&adam.state(""), "", &device).unwrap_err().to_string();
-        assert!(error.contains("exp_avg is no state of this optimiser, which keeps momentum_buffer"), "{error}");
+        let error = sgd
+            .load_state(&adam.state(""), "", &device)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("exp_avg is no state of this optimiser, which keeps momentum_buffer"),
+            "{error}"
+        );
     }
 
     #[test]
     fn the_average_follows_parameters_slowly_and_buffers_at_once() {
         let device = Device::flex().autodiff();
         let mut init = Init::new(1, &device);
-        let source = WithNorm { norm: BatchNorm::new(&mut init, 3), slope: init.constant([3], 2.0) };
+        let source = WithNorm {
+            norm: BatchNorm::new(&mut init, 3),
+            slope: init.constant([3], 2.0),
+        };
         let mut average = source.valid();
         average.slope = Param::from_data([1.0f32, 1.0, 1.0], &Device::flex()).set_require_grad(false);
-        source.norm.running_mean.set(Tensor::full([3], 7.0, &Device::flex()));
+        source
+            .norm
+            .running_mean
+            .set(Tensor::full([3], 7.0, &Device::flex()));
         let average = update_average(average, &source, 0.75);
         let values = |tensor: Tensor<1>| tensor.into_data().try_to_vec::<f32>().unwrap();
         assert_eq!(values(average.slope.val()), [1.25; 3]);

@@ -420,10 +420,23 @@ impl StageName {
         match self {
             Self::Prior => &["seed", "data.prior", "prior"],
             Self::Encoder => &["seed", "data.prior", "backbone", "encoder"],
-            Self::Recognizer => &["seed", "data.labels", "data.validation_", "backbone", "recognizer", "eval"],
-            Self::Scratch => {
-                &["seed", "data.labels", "data.validation_", "backbone", "recognizer", "scratch", "eval"]
-            }
+            Self::Recognizer => &[
+                "seed",
+                "data.labels",
+                "data.validation_",
+                "backbone",
+                "recognizer",
+                "eval",
+            ],
+            Self::Scratch => &[
+                "seed",
+                "data.labels",
+                "data.validation_",
+                "backbone",
+                "recognizer",
+                "scratch",
+                "eval",
+            ],
         }
     }
 }
@@ -467,7 +480,10 @@ impl Recipe {
                 problem: format!("cannot read the recipe: {error}"),
                 hint: Some(match nearest(&name, &names) {
                     Some(near) => format!("did you mean the built-in recipe {near:?}?"),
-                    None => format!("give a file, or one of the built-in recipes: {}", names.join(", ")),
+                    None => format!(
+                        "give a file, or one of the built-in recipes: {}",
+                        names.join(", ")
+                    ),
                 }),
             }
         })?;
@@ -479,7 +495,11 @@ impl Recipe {
     /// # Errors
     /// As [`load`](Self::load), without the file's.
     pub fn from_toml(text: &str, origin: &str, changes: &[String]) -> Result<Self, RecipeError> {
-        let fail = |problem: String, hint: Option<String>| RecipeError { origin: origin.to_owned(), problem, hint };
+        let fail = |problem: String, hint: Option<String>| RecipeError {
+            origin: origin.to_owned(),
+            problem,
+            hint,
+        };
         let mut table: Table =
             toml::from_str(text).map_err(|error| fail(error.to_string().trim_end().to_owned(), None))?;
         for change in changes {
@@ -493,7 +513,12 @@ impl Recipe {
                     Some("the recipe was written for another version of the program".to_owned()),
                 ));
             }
-            None => return Err(fail("no schema".to_owned(), Some(format!("begin with `schema = {SCHEMA}`")))),
+            None => {
+                return Err(fail(
+                    "no schema".to_owned(),
+                    Some(format!("begin with `schema = {SCHEMA}`")),
+                ));
+            }
         }
         let recipe = Self::deserialize(table).map_err(|error| {
             let (problem, hint) = explain(&error);
@@ -533,7 +558,8 @@ impl Recipe {
         keys.into_iter()
             .filter(|key| here.get(*key) != there.get(*key))
             .map(|key| {
-                let value = |fields: &BTreeMap<String, String>| fields.get(key).cloned().unwrap_or_else(absent);
+                let value =
+                    |fields: &BTreeMap<String, String>| fields.get(key).cloned().unwrap_or_else(absent);
                 (key.clone(), value(&here), value(&there))
             })
             .collect()
@@ -547,7 +573,10 @@ impl Recipe {
                     .is_some_and(|rest| rest.is_empty() || rest.starts_with('.') || prefix.ends_with('_'))
             })
         };
-        self.differences(other).into_iter().filter(|(key, ..)| felt(key)).collect()
+        self.differences(other)
+            .into_iter()
+            .filter(|(key, ..)| felt(key))
+            .collect()
     }
 
     fn fields(&self) -> BTreeMap<String, String> {
@@ -560,16 +589,26 @@ impl Recipe {
     /// Ranges that the types do not express; each message begins with the key.
     fn check(&self) -> Result<(), String> {
         let depths = [18, 34, 50, 100, 152];
-        require(depths.contains(&self.backbone.depth), "backbone.depth", self.backbone.depth, "18, 34, 50, 100 or 152")?;
+        require(
+            depths.contains(&self.backbone.depth),
+            "backbone.depth",
+            self.backbone.depth,
+            "18, 34, 50, 100 or 152",
+        )?;
         positive("backbone.width", self.backbone.width)?;
         require(
-            self.backbone.width % 16 == 0,
+            self.backbone.width.is_multiple_of(16),
             "backbone.width",
             self.backbone.width,
             "a multiple of 16 (squeeze-and-excitation divides by 16)",
         )?;
         let size = self.backbone.image_size;
-        require(size >= 32 && size % 16 == 0, "backbone.image_size", size, "a multiple of 16, at least 32")?;
+        require(
+            size >= 32 && size.is_multiple_of(16),
+            "backbone.image_size",
+            size,
+            "a multiple of 16, at least 32",
+        )?;
         let resolution = self.prior.resolution;
         require(
             resolution.is_power_of_two() && (32..=256).contains(&resolution),
@@ -592,7 +631,12 @@ impl Recipe {
             positive(key, value)?;
         }
         let base = self.prior.channel_base;
-        require(base >= resolution, "prior.channel_base", base, &format!("at least prior.resolution, {resolution}"))?;
+        require(
+            base >= resolution,
+            "prior.channel_base",
+            base,
+            &format!("at least prior.resolution, {resolution}"),
+        )?;
         for (key, value) in [
             ("prior.style_mixing", self.prior.style_mixing),
             ("prior.ema_decay", self.prior.ema_decay),
@@ -606,7 +650,12 @@ impl Recipe {
             ("recognizer.dropout", self.recognizer.dropout),
             ("recognizer.output_dropout", self.recognizer.output_dropout),
         ] {
-            require((0.0..1.0).contains(&value), key, value, "a number from 0 up to but not 1")?;
+            require(
+                (0.0..1.0).contains(&value),
+                key,
+                value,
+                "a number from 0 up to but not 1",
+            )?;
         }
         for (key, value) in [
             ("prior.learning_rate_g", self.prior.learning_rate_g),
@@ -621,19 +670,41 @@ impl Recipe {
             ("recognizer.weight_decay", self.recognizer.weight_decay),
             ("scratch.learning_rate", self.scratch.learning_rate),
         ] {
-            require(value.is_finite() && value >= 0.0, key, value, "a number of at least 0")?;
+            require(
+                value.is_finite() && value >= 0.0,
+                key,
+                value,
+                "a number of at least 0",
+            )?;
         }
         if let LabelledData::Identities { fraction, .. } = self.data.labels {
-            require(fraction > 0.0 && fraction <= 1.0, "data.labels.fraction", fraction, "a number in (0, 1]")?;
+            require(
+                fraction > 0.0 && fraction <= 1.0,
+                "data.labels.fraction",
+                fraction,
+                "a number in (0, 1]",
+            )?;
         }
         if let Schedule::Step { divide_by, .. } = self.recognizer.schedule {
-            require(divide_by > 0.0, "recognizer.schedule.divide_by", divide_by, "more than 0")?;
+            require(
+                divide_by > 0.0,
+                "recognizer.schedule.divide_by",
+                divide_by,
+                "more than 0",
+            )?;
         }
         let validation = self.data.validation_identities;
-        require(validation != 1, "data.validation_identities", validation, "0, or at least 2 to make pairs of")?;
-        for (section, budget) in
-            [("prior", &self.prior.budget), ("encoder", &self.encoder.budget), ("recognizer", &self.recognizer.budget)]
-        {
+        require(
+            validation != 1,
+            "data.validation_identities",
+            validation,
+            "0, or at least 2 to make pairs of",
+        )?;
+        for (section, budget) in [
+            ("prior", &self.prior.budget),
+            ("encoder", &self.encoder.budget),
+            ("recognizer", &self.recognizer.budget),
+        ] {
             let key = |field: &str| format!("{section}.budget.{field}");
             positive(&key("batch_size"), budget.batch_size)?;
             for (field, value) in [
@@ -651,7 +722,11 @@ impl Recipe {
 }
 
 fn require(holds: bool, key: &str, got: impl fmt::Display, expected: &str) -> Result<(), String> {
-    if holds { Ok(()) } else { Err(format!("{key} is {got}, expected {expected}")) }
+    if holds {
+        Ok(())
+    } else {
+        Err(format!("{key} is {got}, expected {expected}"))
+    }
 }
 
 fn positive(key: &str, value: usize) -> Result<(), String> {
@@ -660,10 +735,14 @@ fn positive(key: &str, value: usize) -> Result<(), String> {
 
 /// Applies one `key=value` to the tree.
 fn set(table: &mut Table, change: &str) -> Result<(), String> {
-    let malformed = || format!("cannot apply {change:?}, expected key=value such as prior.budget.images=20000");
+    let malformed =
+        || format!("cannot apply {change:?}, expected key=value such as prior.budget.images=20000");
     let (key, text) = change.split_once('=').ok_or_else(malformed)?;
     let mut parts: Vec<&str> = key.split('.').map(str::trim).collect();
-    let last = parts.pop().filter(|last| !last.is_empty()).ok_or_else(malformed)?;
+    let last = parts
+        .pop()
+        .filter(|last| !last.is_empty())
+        .ok_or_else(malformed)?;
     let mut here = table;
     for part in parts {
         here = here
@@ -684,11 +763,18 @@ fn set(table: &mut Table, change: &str) -> Result<(), String> {
 /// Turns the parser's message about an unknown key into one with the full key and its nearest neighbour.
 fn explain(error: &toml::de::Error) -> (String, Option<String>) {
     let text = error.to_string();
-    let section = text.lines().find_map(|line| line.strip_prefix("in `")).and_then(|rest| rest.strip_suffix('`'));
+    let section = text
+        .lines()
+        .find_map(|line| line.strip_prefix("in `"))
+        .and_then(|rest| rest.strip_suffix('`'));
     let message = error.message();
     let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
     let full = |key: &str| section.map_or_else(|| key.to_owned(), |section| format!("{section}.{key}"));
-    match (message.starts_with("unknown field"), message.starts_with("missing field"), quoted.split_first()) {
+    match (
+        message.starts_with("unknown field"),
+        message.starts_with("missing field"),
+        quoted.split_first(),
+    ) {
         (true, _, Some((unknown, known))) => {
             let hint = match nearest(unknown, known) {
                 Some(near) => format!("did you mean {:?}?", full(near)),
@@ -697,7 +783,10 @@ fn explain(error: &toml::de::Error) -> (String, Option<String>) {
             (format!("unknown key {:?}", full(unknown)), Some(hint))
         }
         (_, true, Some((missing, _))) => (format!("missing key {:?}", full(missing)), None),
-        _ => (section.map_or_else(|| message.to_owned(), |section| format!("{section}: {message}")), None),
+        _ => (
+            section.map_or_else(|| message.to_owned(), |section| format!("{section}: {message}")),
+            None,
+        ),
     }
 }
 
@@ -731,7 +820,11 @@ fn flatten(fields: &mut BTreeMap<String, String>, key: String, value: &Value) {
     match value {
         Value::Table(table) => {
             for (name, value) in table {
-                let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+                let key = if key.is_empty() {
+                    name.clone()
+                } else {
+                    format!("{key}.{name}")
+                };
                 flatten(fields, key, value);
             }
         }
@@ -759,7 +852,11 @@ fn one_or_more<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf
             while let Some(path) = paths.next_element()? {
                 all.push(path);
             }
-            if all.is_empty() { Err(de::Error::invalid_length(0, &"at least one path")) } else { Ok(all) }
+            if all.is_empty() {
+                Err(de::Error::invalid_length(0, &"at least one path"))
+            } else {
+                Ok(all)
+            }
         }
     }
     deserializer.deserialize_any(OneOrMore)
@@ -799,8 +896,19 @@ mod tests {
         assert_eq!(recipe.prior.budget.images, 123);
         assert_eq!(recipe.prior.r1.weight, 2.0);
         assert_eq!(recipe.eval.flip, Flip::None);
-        assert_eq!(recipe.recognizer.head, Head::Cosface { scale: 32.0, margin: 0.2 });
-        assert_eq!(recipe.data.prior, PriorData::Folders { paths: vec!["a dir/b".into()] });
+        assert_eq!(
+            recipe.recognizer.head,
+            Head::Cosface {
+                scale: 32.0,
+                margin: 0.2
+            }
+        );
+        assert_eq!(
+            recipe.data.prior,
+            PriorData::Folders {
+                paths: vec!["a dir/b".into()]
+            }
+        );
         assert_eq!(recipe.about, "it's \"quoted\" = so");
         assert_ne!(recipe.hash(), demo(&[]).unwrap().hash());
     }
@@ -814,22 +922,46 @@ mod tests {
              hint: did you mean \"prior.budget.images\"?"
         );
         let error = demo(&["qqqqqq=1"]).unwrap_err().to_string();
-        assert!(error.contains("unknown key \"qqqqqq\"") && error.contains("backbone, prior, encoder"), "{error}");
+        assert!(
+            error.contains("unknown key \"qqqqqq\"") && error.contains("backbone, prior, encoder"),
+            "{error}"
+        );
         let error = demo(&["recognizer.head.margni=1"]).unwrap_err().to_string();
-        assert!(error.contains("\"recognizer.head.margni\"") && error.contains("head.margin\"?"), "{error}");
+        assert!(
+            error.contains("\"recognizer.head.margni\"") && error.contains("head.margin\"?"),
+            "{error}"
+        );
     }
 
     #[test]
     fn values_out_of_range_name_their_key() {
         for (change, expected) in [
-            ("backbone.image_size=100", "backbone.image_size is 100, expected a multiple of 16"),
-            ("backbone.depth=20", "backbone.depth is 20, expected 18, 34, 50, 100 or 152"),
-            ("prior.resolution=48", "prior.resolution is 48, expected 32, 64, 128 or 256"),
-            ("recognizer.budget.batch_size=0", "recognizer.budget.batch_size is 0, expected at least 1"),
-            ("recognizer.learning_rate=-1.0", "recognizer.learning_rate is -1, expected a number of at least 0"),
+            (
+                "backbone.image_size=100",
+                "backbone.image_size is 100, expected a multiple of 16",
+            ),
+            (
+                "backbone.depth=20",
+                "backbone.depth is 20, expected 18, 34, 50, 100 or 152",
+            ),
+            (
+                "prior.resolution=48",
+                "prior.resolution is 48, expected 32, 64, 128 or 256",
+            ),
+            (
+                "recognizer.budget.batch_size=0",
+                "recognizer.budget.batch_size is 0, expected at least 1",
+            ),
+            (
+                "recognizer.learning_rate=-1.0",
+                "recognizer.learning_rate is -1, expected a number of at least 0",
+            ),
             ("recognizer.learning_rate=nan", "recognizer.learning_rate is NaN"),
             ("schema=2", "schema is 2, expected 1"),
-            ("seed.x=2", "cannot apply \"seed.x=2\": seed is a value, expected a table"),
+            (
+                "seed.x=2",
+                "cannot apply \"seed.x=2\": seed is a value, expected a table",
+            ),
             ("seed", "expected key=value"),
             ("eval.flip=both", "eval.flip: unknown variant `both`"),
         ] {
@@ -841,19 +973,29 @@ mod tests {
     #[test]
     fn a_missing_recipe_suggests_a_name() {
         let error = Recipe::load("smal", &[]).unwrap_err().to_string();
-        assert!(error.contains("cannot read the recipe") && error.contains("did you mean") && error.contains("small"));
+        assert!(
+            error.contains("cannot read the recipe")
+                && error.contains("did you mean")
+                && error.contains("small")
+        );
         let error = Recipe::load("nowhere/x.toml", &[]).unwrap_err().to_string();
         assert!(error.contains("demo, small, paper"), "{error}");
     }
 
     #[test]
     fn a_stage_feels_only_its_own_changes() {
-        let (old, new) = (demo(&[]).unwrap(), demo(&["scratch.learning_rate=0.5", "data.workers=9"]).unwrap());
+        let (old, new) = (
+            demo(&[]).unwrap(),
+            demo(&["scratch.learning_rate=0.5", "data.workers=9"]).unwrap(),
+        );
         assert_eq!(old.differences(&new).len(), 2);
         assert!(old.differences_for(&new, StageName::Recognizer).is_empty());
         let felt = old.differences_for(&new, StageName::Scratch);
         assert_eq!(felt.len(), 1);
-        assert_eq!((felt[0].0.as_str(), felt[0].2.as_str()), ("scratch.learning_rate", "0.5"));
+        assert_eq!(
+            (felt[0].0.as_str(), felt[0].2.as_str()),
+            ("scratch.learning_rate", "0.5")
+        );
         let held_out = demo(&["data.validation_pairs=7"]).unwrap();
         assert_eq!(old.differences_for(&held_out, StageName::Recognizer).len(), 1);
         assert!(old.differences_for(&held_out, StageName::Prior).is_empty());

@@ -67,7 +67,10 @@ impl Run {
                 .map(|(key, was, now)| format!("{key} was {was}, is now {now}"))
                 .collect();
             if !changes.is_empty() {
-                return Err(TrainError::RecipeChanged { dir: dir.to_owned(), changes });
+                return Err(TrainError::RecipeChanged {
+                    dir: dir.to_owned(),
+                    changes,
+                });
             }
         } else {
             write_whole(&recipe_path, recipe.resolved().as_bytes())?;
@@ -77,7 +80,14 @@ impl Run {
         }
         let checkpoints = Checkpoints::open(dir.join("checkpoints"))?;
         let log = open_log(&dir.join(LOG))?;
-        Ok(Self { dir: dir.to_owned(), stage, recipe_hash: recipe.hash(), checkpoints, log, _lock: lock })
+        Ok(Self {
+            dir: dir.to_owned(),
+            stage,
+            recipe_hash: recipe.hash(),
+            checkpoints,
+            log,
+            _lock: lock,
+        })
     }
 
     /// The directory.
@@ -129,24 +139,34 @@ impl Run {
         record.extend(fields);
         let mut line = Value::Object(record).to_string();
         line.push('\n');
-        self.log.write_all(line.as_bytes()).map_err(TrainError::io("write", &self.dir.join(LOG)))
+        self.log
+            .write_all(line.as_bytes())
+            .map_err(TrainError::io("write", &self.dir.join(LOG)))
     }
 
     /// Makes the log survive a power cut, so that it is never behind a checkpoint.
     pub(crate) fn sync_log(&self) -> Result<(), TrainError> {
-        self.log.sync_data().map_err(TrainError::io("sync", &self.dir.join(LOG)))
+        self.log
+            .sync_data()
+            .map_err(TrainError::io("sync", &self.dir.join(LOG)))
     }
 
     /// Drops the records after `step`, and a last line that a killed process left half written.
     pub(crate) fn rewind_log(&mut self, step: u64) -> Result<(), TrainError> {
         let path = self.dir.join(LOG);
         let mut text = Vec::new();
-        File::open(&path).and_then(|mut file| file.read_to_end(&mut text)).map_err(TrainError::io("read", &path))?;
+        File::open(&path)
+            .and_then(|mut file| file.read_to_end(&mut text))
+            .map_err(TrainError::io("read", &path))?;
         let mut kept = Vec::with_capacity(text.len());
         for line in text.split_inclusive(|&byte| byte == b'\n') {
             let whole = line.ends_with(b"\n");
             let record = serde_json::from_slice::<Value>(line).ok();
-            if whole && record.and_then(|record| record["step"].as_u64()).is_some_and(|at| at <= step) {
+            if whole
+                && record
+                    .and_then(|record| record["step"].as_u64())
+                    .is_some_and(|at| at <= step)
+            {
                 kept.extend_from_slice(line);
             }
         }
@@ -165,14 +185,21 @@ impl Run {
 pub fn read_log(run_dir: &Path) -> Result<Vec<Value>, TrainError> {
     let path = run_dir.join(LOG);
     let text = fs::read(&path).map_err(TrainError::io("read", &path))?;
-    Ok(text.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect())
+    Ok(text
+        .split(|&byte| byte == b'\n')
+        .filter_map(|line| serde_json::from_slice(line).ok())
+        .collect())
 }
 
 const LOG: &str = "log.jsonl";
 const LOCK: &str = ".lock";
 
 fn open_log(path: &Path) -> Result<File, TrainError> {
-    OpenOptions::new().create(true).append(true).open(path).map_err(TrainError::io("open", path))
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .map_err(TrainError::io("open", path))
 }
 
 fn holds_other_files(dir: &Path) -> Result<bool, TrainError> {
@@ -196,13 +223,22 @@ fn lock(dir: &Path) -> Result<File, TrainError> {
     match file.try_lock() {
         Ok(()) => {
             let process = std::process::id().to_string();
-            file.set_len(0).and_then(|()| file.write_all(process.as_bytes())).map_err(TrainError::io("write", &path))?;
+            file.set_len(0)
+                .and_then(|()| file.write_all(process.as_bytes()))
+                .map_err(TrainError::io("write", &path))?;
             Ok(file)
         }
         Err(TryLockError::WouldBlock) => {
             let mut holder = String::new();
-            let holder = file.read_to_string(&mut holder).ok().map(|_| holder).filter(|holder| !holder.is_empty());
-            Err(TrainError::Locked { dir: dir.to_owned(), holder })
+            let holder = file
+                .read_to_string(&mut holder)
+                .ok()
+                .map(|_| holder)
+                .filter(|holder| !holder.is_empty());
+            Err(TrainError::Locked {
+                dir: dir.to_owned(),
+                holder,
+            })
         }
         Err(TryLockError::Error(error)) => Err(TrainError::io("lock", &path)(error)),
     }
@@ -229,8 +265,13 @@ mod tests {
     fn a_second_process_is_refused_and_a_third_may_follow() {
         let dir = tempfile::tempdir().unwrap();
         let run = open(dir.path(), &[], Start::ResumeOrBegin).unwrap();
-        let error = open(dir.path(), &[], Start::ResumeOrBegin).unwrap_err().to_string();
-        assert!(error.contains("is in use by process ") && error.contains(&std::process::id().to_string()), "{error}");
+        let error = open(dir.path(), &[], Start::ResumeOrBegin)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("is in use by process ") && error.contains(&std::process::id().to_string()),
+            "{error}"
+        );
         drop(run);
         open(dir.path(), &[], Start::Resume).unwrap();
     }
@@ -239,7 +280,9 @@ mod tests {
     fn a_folder_of_something_else_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("holiday.jpg"), "x").unwrap();
-        let error = open(dir.path(), &[], Start::ResumeOrBegin).unwrap_err().to_string();
+        let error = open(dir.path(), &[], Start::ResumeOrBegin)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("is no run directory"), "{error}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
@@ -252,8 +295,13 @@ mod tests {
         assert!(error.contains("there is no run to resume"), "{error}");
         assert!(!path.exists(), "a failed resume leaves nothing behind");
         drop(open(&path, &[], Start::ResumeOrBegin).unwrap());
-        let error = open(&path, &["prior.learning_rate_g=0.1"], Start::Resume).unwrap_err().to_string();
-        assert!(error.contains("prior.learning_rate_g was 0.002, is now 0.1"), "{error}");
+        let error = open(&path, &["prior.learning_rate_g=0.1"], Start::Resume)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("prior.learning_rate_g was 0.002, is now 0.1"),
+            "{error}"
+        );
         open(&path, &["scratch.learning_rate=0.5"], Start::Resume).unwrap();
     }
 
@@ -262,11 +310,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut run = open(dir.path(), &[], Start::ResumeOrBegin).unwrap();
         for step in 1..=4 {
-            run.record("step", step, step * 8, [("loss".to_owned(), (0.5).into())]).unwrap();
+            run.record("step", step, step * 8, [("loss".to_owned(), (0.5).into())])
+                .unwrap();
         }
         drop(run);
         let mut torn = log(dir.path());
-        assert!(torn.starts_with(r#"{"event":"step","images":8,"loss":0.5,"step":1}"#), "{torn}");
+        assert!(
+            torn.starts_with(r#"{"event":"step","images":8,"loss":0.5,"step":1}"#),
+            "{torn}"
+        );
         torn.push_str(r#"{"event":"step","images":16,"st"#);
         fs::write(dir.path().join(LOG), &torn).unwrap();
         let mut run = open(dir.path(), &[], Start::Resume).unwrap();
@@ -274,7 +326,11 @@ mod tests {
         run.record("step", 3, 24, []).unwrap();
         let steps: Vec<u64> = log(dir.path())
             .lines()
-            .map(|line| serde_json::from_str::<Value>(line).unwrap()["step"].as_u64().unwrap())
+            .map(|line| {
+                serde_json::from_str::<Value>(line).unwrap()["step"]
+                    .as_u64()
+                    .unwrap()
+            })
             .collect();
         assert_eq!(steps, [1, 2, 3]);
     }

@@ -59,7 +59,11 @@ pub fn seed(seed: u64, stream: &str) -> u64 {
 ///
 /// Before batch b of a warm-up over B batches this is b/B: 0 at the first, as the reference warms up.
 pub fn ramp(clock: &Clock, over_images: u64) -> f64 {
-    if clock.images >= over_images { 1.0 } else { clock.images as f64 / over_images as f64 }
+    if clock.images >= over_images {
+        1.0
+    } else {
+        clock.images as f64 / over_images as f64
+    }
 }
 
 impl Schedule {
@@ -72,7 +76,11 @@ impl Schedule {
     pub fn factor(&self, clock: &Clock) -> f64 {
         match *self {
             Schedule::Constant {} => 1.0,
-            Schedule::Step { first_epoch, every_epochs, divide_by } => {
+            Schedule::Step {
+                first_epoch,
+                every_epochs,
+                divide_by,
+            } => {
                 let drops = match clock.epoch.checked_sub(first_epoch) {
                     None => 0,
                     Some(past) => 1 + past.checked_div(every_epochs).unwrap_or(0),
@@ -92,12 +100,22 @@ mod tests {
     use rand::Rng;
 
     fn at(epoch: u64, images: u64) -> Clock {
-        Clock { seed: 5, step: images / 10, images, total_images: 1000, epoch }
+        Clock {
+            seed: 5,
+            step: images / 10,
+            images,
+            total_images: 1000,
+            epoch,
+        }
     }
 
     #[test]
     fn steps_fall_at_15_20_25() {
-        let schedule = Schedule::Step { first_epoch: 15, every_epochs: 5, divide_by: 1.5 };
+        let schedule = Schedule::Step {
+            first_epoch: 15,
+            every_epochs: 5,
+            divide_by: 1.5,
+        };
         let drops = |epoch| -(schedule.factor(&at(epoch, 0)).ln() / 1.5f64.ln()).round() as i64;
         let seen: Vec<i64> = [0, 14, 15, 19, 20, 24, 25, 99].map(drops).to_vec();
         assert_eq!(seen, [0, 0, 1, 1, 2, 2, 3, 17]);
@@ -106,7 +124,11 @@ mod tests {
 
     #[test]
     fn a_single_step_needs_no_interval() {
-        let schedule = Schedule::Step { first_epoch: 2, every_epochs: 0, divide_by: 10.0 };
+        let schedule = Schedule::Step {
+            first_epoch: 2,
+            every_epochs: 0,
+            divide_by: 10.0,
+        };
         assert_eq!(schedule.factor(&at(1, 0)), 1.0);
         assert!((schedule.factor(&at(50, 0)) - 0.1).abs() < 1e-12);
     }
@@ -117,13 +139,19 @@ mod tests {
         assert_eq!(schedule.factor(&at(0, 0)), 1.0);
         assert!((schedule.factor(&at(0, 500)) - 0.55).abs() < 1e-12);
         assert!((schedule.factor(&at(0, 1000)) - 0.1).abs() < 1e-12);
-        assert!((schedule.factor(&at(0, 1010)) - 0.1).abs() < 1e-12, "a last batch may pass the budget");
+        assert!(
+            (schedule.factor(&at(0, 1010)) - 0.1).abs() < 1e-12,
+            "a last batch may pass the budget"
+        );
     }
 
     #[test]
     fn a_warm_up_of_ten_batches_starts_at_zero() {
         let rates: Vec<f64> = (0..12).map(|b| ramp(&at(0, b * 10), 100)).collect();
-        assert_eq!(rates, [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0]);
+        assert_eq!(
+            rates,
+            [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0]
+        );
         assert_eq!(ramp(&at(0, 0), 0), 1.0);
     }
 
@@ -131,10 +159,23 @@ mod tests {
     fn draws_depend_on_seed_stream_and_step_alone() {
         let draw = |clock: Clock, stream: &str| clock.rng(stream).next_u64();
         let here = at(0, 100);
-        assert_eq!(draw(here, "z"), draw(Clock { images: 7, epoch: 3, ..here }, "z"));
+        assert_eq!(
+            draw(here, "z"),
+            draw(
+                Clock {
+                    images: 7,
+                    epoch: 3,
+                    ..here
+                },
+                "z"
+            )
+        );
         assert_ne!(draw(here, "z"), draw(here, "noise"));
         assert_ne!(draw(here, "z"), draw(Clock { step: 11, ..here }, "z"));
         assert_ne!(draw(here, "z"), draw(Clock { seed: 6, ..here }, "z"));
-        assert_eq!(here.fixed_rng("z").next_u64(), Clock { step: 9, ..here }.fixed_rng("z").next_u64());
+        assert_eq!(
+            here.fixed_rng("z").next_u64(),
+            Clock { step: 9, ..here }.fixed_rng("z").next_u64()
+        );
     }
 }

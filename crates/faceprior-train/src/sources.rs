@@ -42,7 +42,7 @@ pub fn prior(recipe: &Recipe) -> Result<Arc<dyn Dataset>, TrainError> {
         }
         PriorData::List { path } => Arc::new(ImageList::from_list(path)?),
         PriorData::Synthetic { identities, pictures } => {
-            Arc::new(rendered(recipe, "prior", *identities, *pictures))
+            Arc::new(rendered(recipe, "prior", *identities, *pictures).unlabelled())
         }
     })
 }
@@ -56,16 +56,24 @@ pub fn labelled(recipe: &Recipe) -> Result<Labelled, TrainError> {
         LabelledData::Identities { path, fraction } => {
             let folder = ImageFolder::open(path)?;
             let seed = schedule::seed(recipe.seed, "fraction of identities");
-            let folder = if *fraction < 1.0 { folder.fraction_of_identities(*fraction, seed)? } else { folder };
+            let folder = if *fraction < 1.0 {
+                folder.fraction_of_identities(*fraction, seed)?
+            } else {
+                folder
+            };
             (Arc::new(folder), path)
         }
-        LabelledData::Synthetic { identities, pictures } => {
-            (Arc::new(rendered(recipe, "labels", *identities, *pictures)), Path::new("rendered faces"))
-        }
+        LabelledData::Synthetic { identities, pictures } => (
+            Arc::new(rendered(recipe, "labels", *identities, *pictures)),
+            Path::new("rendered faces"),
+        ),
     };
     let held_out = recipe.data.validation_identities;
     if held_out == 0 {
-        return Ok(Labelled { train: all, validation: None });
+        return Ok(Labelled {
+            train: all,
+            validation: None,
+        });
     }
     let people = all.num_classes();
     if people < held_out + 2 {
@@ -75,7 +83,11 @@ pub fn labelled(recipe: &Recipe) -> Result<Labelled, TrainError> {
             held_out + 2
         )));
     }
-    let mut rng = random::stream(schedule::seed(recipe.seed, "validation identities"), b"held out", [0, 0]);
+    let mut rng = random::stream(
+        schedule::seed(recipe.seed, "validation identities"),
+        b"held out",
+        [0, 0],
+    );
     let mut is_held_out = vec![false; people];
     for person in random::permutation(&mut rng, people).into_iter().take(held_out) {
         is_held_out[person as usize] = true;
@@ -83,7 +95,11 @@ pub fn labelled(recipe: &Recipe) -> Result<Labelled, TrainError> {
     let validation = People::of(&all, |person| is_held_out[person]);
     let pairs_seed = schedule::seed(recipe.seed, "validation pairs");
     Ok(Labelled {
-        validation: Some(PairSet::sample(Arc::new(validation), recipe.data.validation_pairs, pairs_seed)?),
+        validation: Some(PairSet::sample(
+            Arc::new(validation),
+            recipe.data.validation_pairs,
+            pairs_seed,
+        )?),
         train: Arc::new(People::of(&all, |person| !is_held_out[person])),
     })
 }
@@ -95,9 +111,17 @@ pub fn labelled(recipe: &Recipe) -> Result<Labelled, TrainError> {
 pub fn test_pairs(recipe: &Recipe) -> Result<PairSet, TrainError> {
     match &recipe.data.test {
         TestData::Pairs { path, pairs } => PairSet::from_lfw(path, pairs),
-        TestData::Synthetic { identities, pictures, pairs } => {
+        TestData::Synthetic {
+            identities,
+            pictures,
+            pairs,
+        } => {
             let faces = rendered(recipe, "test", *identities, *pictures);
-            let pairs = faces.pairs(TEST_FOLDS, pairs / (2 * TEST_FOLDS), schedule::seed(recipe.seed, "test pairs"))?;
+            let pairs = faces.pairs(
+                TEST_FOLDS,
+                pairs / (2 * TEST_FOLDS),
+                schedule::seed(recipe.seed, "test pairs"),
+            )?;
             PairSet::named(Arc::new(faces), &pairs)
         }
     }
@@ -119,9 +143,18 @@ struct People {
 impl People {
     fn of(dataset: &Arc<dyn Dataset>, keep: impl Fn(usize) -> bool) -> Self {
         let mut renumbered = vec![None; dataset.num_classes()];
-        let mut people = Self { dataset: Arc::clone(dataset), indices: Vec::new(), labels: Vec::new(), num_classes: 0 };
+        let mut people = Self {
+            dataset: Arc::clone(dataset),
+            indices: Vec::new(),
+            labels: Vec::new(),
+            num_classes: 0,
+        };
         for index in 0..dataset.len() {
-            let Some(person) = dataset.label(index).map(|label| label as usize).filter(|&person| keep(person)) else {
+            let Some(person) = dataset
+                .label(index)
+                .map(|label| label as usize)
+                .filter(|&person| keep(person))
+            else {
                 continue;
             };
             let label = *renumbered[person].get_or_insert_with(|| {
@@ -190,7 +223,10 @@ mod tests {
             "data.validation_pairs=40",
         ]);
         let error = labelled(&recipe).err().unwrap().to_string();
-        assert!(error.contains("holds 6 identities, expected at least 7"), "{error}");
+        assert!(
+            error.contains("holds 6 identities, expected at least 7"),
+            "{error}"
+        );
         assert!(error.contains("lower data.validation_identities"), "{error}");
     }
 
@@ -204,11 +240,17 @@ mod tests {
             &format!("data.labels={{source=\"identities\", path=\"{path}\", fraction=1}}"),
             &format!("data.test={{source=\"pairs\", path=\"{path}\", pairs=\"{path}/pairs.txt\"}}"),
         ]);
-        let errors =
-            [prior(&recipe).err().unwrap(), labelled(&recipe).err().unwrap(), test_pairs(&recipe).err().unwrap()];
+        let errors = [
+            prior(&recipe).err().unwrap(),
+            labelled(&recipe).err().unwrap(),
+            test_pairs(&recipe).err().unwrap(),
+        ];
         for error in errors {
             let error = error.to_string();
-            assert!(error.contains("not here") && error.contains("does not exist"), "{error}");
+            assert!(
+                error.contains("not here") && error.contains("does not exist"),
+                "{error}"
+            );
         }
     }
 }

@@ -17,7 +17,8 @@
 //!    are off the gradient graph and whose buffers are their own.
 //! 4. *No files, no printing.* Losses and numbers go into the [`Report`], pictures into the [`Evaluation`], results
 //!    into [`Stage::export`]; the driver writes them, and adds recipe hash and provenance to exports. Describe each
-//!    exported file (the networks' `to_weights` do) and put in what the next stage needs (`latent_avg`, `average_image`).
+//!    exported file (the networks' `to_weights` do) and put in what the next stage needs
+//!    ([`LATENT_AVG`](faceprior_nets::encoder::LATENT_AVG), [`AVERAGE_IMAGE`](faceprior_nets::irse::AVERAGE_IMAGE)).
 //! 5. *One loss decides.* [`Report::loss`] must become non-finite when the stage diverges; penalties that may be
 //!    skipped when they are NaN must not be added to it.
 //!
@@ -30,10 +31,11 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use faceprior_data::{Batch, Dataset, Image, LoaderConfig, Transform};
+use faceprior_nets::irse::{BackboneConfig, Depth};
 use faceprior_nets::weights::Weights;
 
 use crate::TrainError;
-use crate::recipe::{Budget, DataRecipe, StageName};
+use crate::recipe::{Budget, DataRecipe, Recipe, StageName};
 use crate::schedule::{self, Clock};
 
 pub mod recognizer;
@@ -118,6 +120,16 @@ pub struct Evaluation {
     pub pictures: Vec<(String, Image)>,
 }
 
+/// The body that encoder and recogniser share: IR-SE on six channels, by the recipe's `[backbone]`.
+pub fn backbone_config(recipe: &Recipe) -> BackboneConfig {
+    let depth =
+        Depth::try_from(recipe.backbone.depth as u32).expect("the recipe was checked when it was read");
+    BackboneConfig {
+        width: recipe.backbone.width,
+        ..BackboneConfig::with_average(depth)
+    }
+}
+
 /// The loader's settings for a stage: shuffled, full batches, as many workers as the recipe says.
 pub fn loader_config(data: &DataRecipe, budget: &Budget, seed: u64, stage: StageName) -> LoaderConfig {
     LoaderConfig {
@@ -133,5 +145,8 @@ pub fn loader_config(data: &DataRecipe, budget: &Budget, seed: u64, stage: Stage
 
 /// The pictures of a batch as a tensor `[N, 3, H, W]` in [-1, 1].
 pub fn images(batch: &mut Batch, device: &Device) -> Tensor<4> {
-    Tensor::from_data(TensorData::new(std::mem::take(&mut batch.images), batch.shape), device)
+    Tensor::from_data(
+        TensorData::new(std::mem::take(&mut batch.images), batch.shape),
+        device,
+    )
 }

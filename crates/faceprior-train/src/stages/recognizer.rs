@@ -18,7 +18,7 @@ use faceprior_eval::verification::Protocol;
 use faceprior_nets::encoder::{BackboneEncoder, BackboneEncoderConfig};
 use faceprior_nets::heads::{self, HeadConfig, HeadKind, Margin};
 use faceprior_nets::init::Init;
-use faceprior_nets::irse::{AVERAGE_IMAGE, BackboneConfig, Depth, Recognizer, RecognizerConfig, beside_average};
+use faceprior_nets::irse::{AVERAGE_IMAGE, BackboneConfig, Recognizer, RecognizerConfig, beside_average};
 use faceprior_nets::layers::Mode;
 use faceprior_nets::losses;
 use faceprior_nets::weights::Weights;
@@ -29,7 +29,7 @@ use crate::optim::{Optimizer, all_but_batch_norm, set_trainable};
 use crate::recipe::{Budget, ClassificationLoss, DataRecipe, Head, Recipe, RecognizerRecipe, StageName};
 use crate::schedule::{self, Clock, ramp};
 use crate::sources::Labelled;
-use crate::stages::{Evaluation, Feed, Report, Stage, images, loader_config};
+use crate::stages::{Evaluation, Feed, Report, Stage, backbone_config, images, loader_config};
 
 /// Name of the exported file.
 pub const EXPORT: &str = "recognizer.safetensors";
@@ -72,12 +72,19 @@ impl RecognizerStage {
         device: &Device,
     ) -> Result<Self, TrainError> {
         let config: BackboneEncoderConfig = encoder.config(BackboneEncoder::KIND)?;
-        let (mut expected, found) = (backbone_config(recipe), &config.backbone);
-        expected.dropout = 0.0;
+        let (expected, found) = (backbone_config(recipe), &config.backbone);
         if (found, config.image_size) != (&expected, recipe.backbone.image_size) {
             let describe = |backbone: &BackboneConfig, size| {
-                let BackboneConfig { depth, in_channels, width, .. } = backbone;
-                format!("depth {}, width {width}, {in_channels} channels, pictures of {size}", u32::from(*depth))
+                let BackboneConfig {
+                    depth,
+                    in_channels,
+                    width,
+                    ..
+                } = backbone;
+                format!(
+                    "depth {}, width {width}, {in_channels} channels, pictures of {size}",
+                    u32::from(*depth)
+                )
             };
             return Err(TrainError::Invalid(format!(
                 "cannot start from encoder {}: it has {}, the recipe's [backbone] has {}\n\
@@ -88,8 +95,14 @@ impl RecognizerStage {
             )));
         }
         let average_image = encoder.tensor::<3>(AVERAGE_IMAGE, device)?;
-        let mut stage =
-            Self::new(StageName::Recognizer, recipe, recipe.recognizer.clone(), pictures, average_image, device)?;
+        let mut stage = Self::new(
+            StageName::Recognizer,
+            recipe,
+            recipe.recognizer.clone(),
+            pictures,
+            average_image,
+            device,
+        )?;
         stage.network = if recipe.recognizer.dropout > 0.0 {
             stage.network.load_encoder(&renumbered_for_dropout(encoder))?
         } else {
@@ -107,7 +120,14 @@ impl RecognizerStage {
         let average = mean_picture(&pictures.train, recipe.backbone.image_size, seed)?;
         let size = recipe.backbone.image_size;
         let average = Tensor::from_data(TensorData::new(average, [3, size, size]), device);
-        Self::new(StageName::Scratch, recipe, recipe.scratch_recognizer(), pictures, average, device)
+        Self::new(
+            StageName::Scratch,
+            recipe,
+            recipe.scratch_recognizer(),
+            pictures,
+            average,
+            device,
+        )
     }
 
     fn new(
@@ -120,7 +140,10 @@ impl RecognizerStage {
     ) -> Result<Self, TrainError> {
         let device = device.clone().autodiff();
         let config = RecognizerConfig {
-            backbone: backbone_config(recipe),
+            backbone: BackboneConfig {
+                dropout: settings.dropout,
+                ..backbone_config(recipe)
+            },
             image_size: recipe.backbone.image_size,
             embedding_dim: settings.embedding_dim,
             output_dropout: settings.output_dropout,
@@ -136,7 +159,11 @@ impl RecognizerStage {
             Head::Cosface { .. } => HeadKind::CosFace,
             Head::Softmax {} => HeadKind::Softmax,
         };
-        let head = HeadConfig { kind, num_classes, embedding_dim: settings.embedding_dim };
+        let head = HeadConfig {
+            kind,
+            num_classes,
+            embedding_dim: settings.embedding_dim,
+        };
         let init = |part: &str| Init::new(schedule::seed(recipe.seed, part), &device);
         let optimizer = || Optimizer::sgd(settings.momentum, settings.weight_decay, all_but_batch_norm);
         Ok(Self {
@@ -168,15 +195,24 @@ impl RecognizerStage {
     fn margin(&self, clock: &Clock) -> Margin {
         let ramp = ramp(clock, self.recipe.margin_ramp_images);
         match self.recipe.head {
-            Head::Arcface { scale, margin } | Head::Cosface { scale, margin } => {
-                Margin { scale: scale as f32, margin: (margin * ramp) as f32 }
-            }
-            Head::Softmax {} => Margin { scale: 1.0, margin: 0.0 },
+            Head::Arcface { scale, margin } | Head::Cosface { scale, margin } => Margin {
+                scale: scale as f32,
+                margin: (margin * ramp) as f32,
+            },
+            Head::Softmax {} => Margin {
+                scale: 1.0,
+                margin: 0.0,
+            },
         }
     }
 
     fn learning_rate(&self, clock: &Clock) -> f64 {
-        let RecognizerRecipe { learning_rate, schedule, warmup_images, .. } = &self.recipe;
+        let RecognizerRecipe {
+            learning_rate,
+            schedule,
+            warmup_images,
+            ..
+        } = &self.recipe;
         learning_rate * schedule.factor(clock) * ramp(clock, *warmup_images)
     }
 }
@@ -214,8 +250,7 @@ impl Stage for RecognizerStage {
             self.body_rests = rests;
         }
         // A resting body changes in its statistics only, so the old one is the one without the batch's.
-        let body_before =
-            (rests && !self.recipe.frozen_statistics_update).then(|| self.network.body.clone());
+        let body_before = (rests && !self.recipe.frozen_statistics_update).then(|| self.network.body.clone());
 
         let labels: Vec<i64> = batch.labels.iter().map(|&label| i64::from(label)).collect();
         let n = labels.len();
@@ -232,7 +267,9 @@ impl Stage for RecognizerStage {
         let mut gradients = loss.backward();
 
         let rate = self.learning_rate(clock);
-        self.network = self.network_optimizer.step(self.network.clone(), &mut gradients, rate);
+        self.network = self
+            .network_optimizer
+            .step(self.network.clone(), &mut gradients, rate);
         self.head = self.head_optimizer.step(self.head.clone(), &mut gradients, rate);
         if let Some(body) = body_before {
             self.network.body = body;
@@ -249,7 +286,11 @@ impl Stage for RecognizerStage {
             ("learning_rate", rate),
             ("margin", f64::from(margin.margin)),
         ];
-        Ok(Report { loss, values, warnings })
+        Ok(Report {
+            loss,
+            values,
+            warnings,
+        })
     }
 
     fn evaluate(&self, _clock: &Clock) -> Result<Evaluation, TrainError> {
@@ -257,12 +298,24 @@ impl Stage for RecognizerStage {
             return Ok(Evaluation::default());
         };
         // Only the value is wanted here, not its interval.
-        let protocol = Protocol { bootstrap: Bootstrap { draws: 1, ..Bootstrap::default() }, ..Protocol::default() };
+        let protocol = Protocol {
+            bootstrap: Bootstrap {
+                draws: 1,
+                ..Bootstrap::default()
+            },
+            ..Protocol::default()
+        };
         let scored = pairs.score(&self.recognizer(), self.embed_options, &protocol)?;
         let accuracy = scored.result().accuracy.value;
-        let values =
-            vec![("accuracy".to_owned(), accuracy), ("auc".to_owned(), scored.result().auc.value)];
-        Ok(Evaluation { score: Some(accuracy), values, pictures: Vec::new() })
+        let values = vec![
+            ("accuracy".to_owned(), accuracy),
+            ("auc".to_owned(), scored.result().auc.value),
+        ];
+        Ok(Evaluation {
+            score: Some(accuracy),
+            values,
+            pictures: Vec::new(),
+        })
     }
 
     fn state(&self) -> Weights {
@@ -280,16 +333,24 @@ impl Stage for RecognizerStage {
     fn load_state(&mut self, state: &Weights) -> Result<(), TrainError> {
         self.network = state.load_into(self.network.clone(), NETWORK)?;
         self.head = state.load_into(self.head.clone(), HEAD)?;
-        self.network_optimizer.load_state(state, NETWORK_OPTIMIZER, &self.device)?;
-        self.head_optimizer.load_state(state, HEAD_OPTIMIZER, &self.device)?;
+        self.network_optimizer
+            .load_state(state, NETWORK_OPTIMIZER, &self.device)?;
+        self.head_optimizer
+            .load_state(state, HEAD_OPTIMIZER, &self.device)?;
         self.average_image = state.tensor::<3>(AVERAGE_IMAGE, &self.device)?.without_autodiff();
-        let recent = state.get(STUCK).and_then(|data| data.as_slice::<f32>().ok()).unwrap_or_default();
+        let recent = state
+            .get(STUCK)
+            .and_then(|data| data.as_slice::<f32>().ok())
+            .unwrap_or_default();
         self.stuck.recent = recent.as_chunks::<2>().0.to_vec();
         Ok(())
     }
 
     fn export(&self) -> Result<Vec<(String, Weights)>, TrainError> {
-        Ok(vec![(EXPORT.to_owned(), self.network.to_weights(Some(self.average_image.clone())))])
+        Ok(vec![(
+            EXPORT.to_owned(),
+            self.network.to_weights(Some(self.average_image.clone())),
+        )])
     }
 }
 
@@ -310,16 +371,6 @@ impl RecognizerStage {
         let directions = directions.val().without_autodiff().select(0, labels); // [N, D]
         let cosines = (heads::normalize(embeddings) * heads::normalize(directions)).sum_dim(1); // [N, 1]
         f64::from(cosines.mean().into_scalar::<f32>())
-    }
-}
-
-/// The body of a recipe's encoder and recogniser.
-pub(crate) fn backbone_config(recipe: &Recipe) -> BackboneConfig {
-    let depth = Depth::try_from(recipe.backbone.depth as u32).expect("the recipe was checked when it was read");
-    BackboneConfig {
-        width: recipe.backbone.width,
-        dropout: recipe.recognizer.dropout,
-        ..BackboneConfig::with_average(depth)
     }
 }
 
@@ -346,7 +397,9 @@ fn mean_picture(dataset: &Arc<dyn Dataset>, size: usize, seed: u64) -> Result<Ve
         match sample.read(index) {
             Ok(picture) => {
                 Transform::center_crop(size).apply(&picture, &mut schedule::rng(0, "unused", 0), &mut one);
-                sum.iter_mut().zip(&one).for_each(|(sum, x)| *sum += f64::from(*x));
+                sum.iter_mut()
+                    .zip(&one)
+                    .for_each(|(sum, x)| *sum += f64::from(*x));
                 count += 1;
             }
             Err(error) => last_error = Some(error),
@@ -354,7 +407,10 @@ fn mean_picture(dataset: &Arc<dyn Dataset>, size: usize, seed: u64) -> Result<Ve
     }
     match (count, last_error) {
         (0, Some(error)) => Err(error.into()),
-        _ => Ok(sum.into_iter().map(|sum| (sum / f64::from(count.max(1))) as f32).collect()),
+        _ => Ok(sum
+            .into_iter()
+            .map(|sum| (sum / f64::from(count.max(1))) as f32)
+            .collect()),
     }
 }
 
@@ -395,7 +451,11 @@ struct StuckDetector {
 
 impl StuckDetector {
     fn new(window: usize, num_classes: usize) -> Self {
-        Self { window, chance: (num_classes as f64).ln(), recent: Vec::new() }
+        Self {
+            window,
+            chance: (num_classes as f64).ln(),
+            recent: Vec::new(),
+        }
     }
 
     /// The warning, once in each window.
@@ -437,12 +497,19 @@ mod tests {
         assert_eq!(warnings.iter().filter(|&&warned| warned).count(), 2);
         assert!(warnings[9] && warnings[19]);
         for (name, loss, cosine) in [
-            ("falling", (|step: usize| 20.0 - 0.5 * step as f64) as fn(usize) -> f64, 0.01),
+            (
+                "falling",
+                (|step: usize| 20.0 - 0.5 * step as f64) as fn(usize) -> f64,
+                0.01,
+            ),
             ("turned", |_| 20.0, 0.4),
             ("better than guessing", |_| 1.0, 0.01),
         ] {
             let mut detector = StuckDetector::new(10, 100);
-            assert!((0..30).all(|step| detector.add(loss(step), cosine).is_none()), "{name}");
+            assert!(
+                (0..30).all(|step| detector.add(loss(step), cosine).is_none()),
+                "{name}"
+            );
         }
         let mut off = StuckDetector::new(0, 100);
         assert!((0..99).all(|_| off.add(20.0, 0.0).is_none()));
@@ -451,7 +518,11 @@ mod tests {
     #[test]
     fn shares_count_the_classes_above_the_target() {
         let device = Device::flex();
-        let rows = [[9.0f32, 1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [3.0, 9.0, 0.0, 0.0, 0.0, 0.0]];
+        let rows = [
+            [9.0f32, 1.0, 2.0, 3.0, 4.0, 5.0],
+            [0.0, 1.0, 2.0, 3.0, 4.0, 5.0],
+            [3.0, 9.0, 0.0, 0.0, 0.0, 0.0],
+        ];
         let logits = Tensor::<2>::from_floats(rows, &device);
         let labels = Tensor::<1, Int>::from_ints([0, 0, 0], &device);
         let (top1, top5) = top_shares(logits, labels);
