@@ -121,35 +121,44 @@ struct Panels {
     length: usize,
 }
 
-/// Packs `weight(column, inner, tap)`.
+/// Packs a weight whose columns and inner channels lie `strides` apart, taps side by side.
 fn pack(
     group_blocks: usize,
-    columns: usize,
-    inner: usize,
-    taps: usize,
-    weight: impl Fn(usize, usize, usize) -> f32 + Sync,
+    weight: &[f32],
+    [columns, inner, taps]: [usize; 3],
+    strides: [usize; 2],
 ) -> Panels {
     let (column_blocks, inner_blocks) = (columns.div_ceil(BLOCK), inner.div_ceil(BLOCK));
     let length = if inner_blocks == 1 { inner } else { BLOCK };
     let rows = inner_blocks * taps * length;
     let mut values = Buffer::take(column_blocks * BLOCK * rows);
     let to = Shared::new(&mut values);
-    parallel(column_blocks, |block| {
-        let group = block / group_blocks;
+    parallel(column_blocks * inner_blocks, |task| {
+        let (column_block, inner_block) = (task / inner_blocks, task % inner_blocks);
+        let group = column_block / group_blocks;
         let width = group_blocks.min(column_blocks - group * group_blocks) * BLOCK;
-        let start = group * group_blocks * BLOCK * rows + block % group_blocks * BLOCK;
-        for row in 0..rows {
-            let channel = row / (taps * length) * BLOCK + row % length;
-            let tap = row / length % taps;
-            for lane in 0..BLOCK {
-                let column = block * BLOCK + lane;
-                let value = if column < columns && channel < inner {
-                    weight(column, channel, tap)
-                } else {
-                    0.0
+        let start = group * group_blocks * BLOCK * rows
+            + inner_block * taps * length * width
+            + column_block % group_blocks * BLOCK;
+        let lanes = BLOCK.min(columns - column_block * BLOCK);
+        for row in 0..length {
+            let channel = inner_block * BLOCK + row;
+            for tap in 0..taps {
+                let mut values = [0.0; BLOCK];
+                if channel < inner {
+                    let from = column_block * BLOCK * strides[0] + channel * strides[1] + tap;
+                    let from = weight[from..].iter().step_by(strides[0]);
+                    for (value, from) in values.iter_mut().zip(from).take(lanes) {
+                        *value = *from;
+                    }
+                }
+                // SAFETY: each task writes the rows and columns of its blocks, inside the buffer by its size; rows are
+                // a multiple of sixteen floats apart.
+                unsafe {
+                    to.at(start + (tap * length + row) * width)
+                        .cast::<[f32; BLOCK]>()
+                        .write(values)
                 };
-                // SAFETY: each task writes the columns of its block, inside the buffer by its size.
-                unsafe { *to.at(start + row * width + lane) = value };
             }
         }
     });
@@ -170,10 +179,12 @@ pub(crate) fn forward(isa: Isa, geometry: Geometry, x: &[f32], weight: &[f32], y
     assert_eq!(y.len(), g.n * g.out_blocks() * oh * ow * BLOCK);
     assert_eq!(weight.len(), g.o * g.i * g.taps());
     let source = pad(x, g.h, g.w, [g.padding; 2], [g.padding; 2]);
-    let group_blocks = isa.tile_blocks();
-    let panels = pack(group_blocks, g.o, g.i, g.taps(), |output, input, tap| {
-        weight[(output * g.i + input) * g.taps() + tap]
-    });
+    let panels = pack(
+        isa.tile_blocks(),
+        weight,
+        [g.o, g.i, g.taps()],
+        [g.i * g.taps(), g.taps()],
+    );
     let taps: Vec<_> = (0..g.taps())
         .map(|tap| (tap, (tap / g.kernel[1] * source.w + tap % g.kernel[1]) * BLOCK))
         .collect();
@@ -231,9 +242,12 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
     };
     let ((top, bottom), (left, right)) = (borders(kh, g.h, oh), borders(kw, g.w, ow));
     let source = pad(dy, oh, ow, [top, left], [bottom, right]);
-    let panels = pack(isa.tile_blocks(), g.i, g.o, g.taps(), |input, output, tap| {
-        weight[(output * g.i + input) * g.taps() + tap]
-    });
+    let panels = pack(
+        isa.tile_blocks(),
+        weight,
+        [g.i, g.o, g.taps()],
+        [g.taps(), g.i * g.taps()],
+    );
     let dx = Shared::new(dx);
     for phase_y in 0..s.min(g.h) {
         for phase_x in 0..s.min(g.w) {
@@ -368,11 +382,11 @@ impl Kernel for ProductTask<'_> {
         // SAFETY: the caller promises the instructions. The source is padded so that every tap of every output pixel
         // lies inside it; tasks write disjoint pixels and channels of `y`.
         unsafe {
-            let source = (p.source as *const f32).add(picture * p.source_blocks * p.source_plane);
-            let b = p.panels.values.as_ptr().add(group_start);
+            let source = (p.source as *const f32).wrapping_add(picture * p.source_blocks * p.source_plane);
+            let b = p.panels.values.as_ptr().wrapping_add(group_start);
             let first_plane = (picture * p.blocks + group * L::TILE_BLOCKS) * p.plane;
             for row in rows {
-                let a = source.add(row * p.source_row + pixels.start * p.source_pixel);
+                let a = source.wrapping_add(row * p.source_row + pixels.start * p.source_pixel);
                 let c =
                     p.y.at(first_plane + p.first + row * p.row + pixels.start * p.pixel);
                 multiply::<L>(pixels.len(), blocks, runs, strides, a, b, c, false);
@@ -491,7 +505,7 @@ impl Kernel for WeightGradientTask<'_> {
             let sums = sums.at(start + first_column);
             for row in 0..g.taps() * inputs {
                 for block in 0..blocks {
-                    L::zero().store(sums.add(row * columns + block * BLOCK));
+                    L::zero().store(sums.wrapping_add(row * columns + block * BLOCK));
                 }
             }
             // A chunk is some whole rows, or a piece of one.
@@ -499,10 +513,10 @@ impl Kernel for WeightGradientTask<'_> {
             let chunk_pixels = ow.min(4 * CHUNK_PIXELS);
             let mut offsets = Vec::with_capacity(chunk_rows);
             for picture in pictures {
-                let source = (source as *const f32).add(picture * g.in_blocks() * source_plane);
+                let source = (source as *const f32).wrapping_add(picture * g.in_blocks() * source_plane);
                 let dy = dy
                     .as_ptr()
-                    .add((picture * g.out_blocks() + group * L::TILE_BLOCKS) * plane);
+                    .wrapping_add((picture * g.out_blocks() + group * L::TILE_BLOCKS) * plane);
                 for row in (0..oh).step_by(chunk_rows) {
                     for pixel in (0..ow).step_by(chunk_pixels) {
                         offsets.clear();
@@ -517,8 +531,8 @@ impl Kernel for WeightGradientTask<'_> {
                         for tap in 0..g.taps() {
                             let offset = (tap / g.kernel[1] * source_w + tap % g.kernel[1]) * BLOCK;
                             for block in 0..g.in_blocks() {
-                                let a = source.add(block * source_plane + offset);
-                                let c = sums.add((tap * inputs + block * BLOCK) * columns);
+                                let a = source.wrapping_add(block * source_plane + offset);
+                                let c = sums.wrapping_add((tap * inputs + block * BLOCK) * columns);
                                 let rows = BLOCK.min(inputs - block * BLOCK);
                                 multiply::<L>(rows, blocks, runs, strides, a, dy, c, true);
                             }
@@ -678,37 +692,37 @@ impl Kernel for DepthwiseTask<'_> {
             match pass {
                 Pass::Forward => {
                     let (from, to) = (
-                        (source as *const f32).add(index * plane),
+                        (source as *const f32).wrapping_add(index * plane),
                         y.at(index * oh * ow * BLOCK),
                     );
                     for (oy, ox) in (0..oh).flat_map(|oy| (0..ow).map(move |ox| (oy, ox))) {
-                        let from = from.add(pixel(oy, ox));
+                        let from = from.wrapping_add(pixel(oy, ox));
                         let sum = (0..g.taps()).fold(L::zero(), |sum, tap| {
-                            L::load(from.add(offset(tap)))
-                                .mul_add(L::load(taps.as_ptr().add(tap * BLOCK)), sum)
+                            L::load(from.wrapping_add(offset(tap)))
+                                .mul_add(L::load(taps.as_ptr().wrapping_add(tap * BLOCK)), sum)
                         });
-                        sum.store(to.add((oy * ow + ox) * BLOCK));
+                        sum.store(to.wrapping_add((oy * ow + ox) * BLOCK));
                     }
                 }
                 Pass::Scatter => {
                     let from = source as *const f32;
                     for (oy, ox) in (0..oh).flat_map(|oy| (0..ow).map(move |ox| (oy, ox))) {
-                        let dy = L::load(from.add((oy * ow + ox) * BLOCK));
+                        let dy = L::load(from.wrapping_add((oy * ow + ox) * BLOCK));
                         for tap in 0..g.taps() {
                             let to = y.at(pixel(oy, ox) + offset(tap));
-                            dy.mul_add(L::load(taps.as_ptr().add(tap * BLOCK)), L::load(to))
+                            dy.mul_add(L::load(taps.as_ptr().wrapping_add(tap * BLOCK)), L::load(to))
                                 .store(to);
                         }
                     }
                 }
                 Pass::Weight => {
-                    let from = (source as *const f32).add(index * plane);
-                    let dy = taps.as_ptr().add(index * oh * ow * BLOCK);
+                    let from = (source as *const f32).wrapping_add(index * plane);
+                    let dy = taps.as_ptr().wrapping_add(index * oh * ow * BLOCK);
                     for tap in 0..g.taps() {
                         let mut sum = L::zero();
                         for (oy, ox) in (0..oh).flat_map(|oy| (0..ow).map(move |ox| (oy, ox))) {
-                            let x = L::load(from.add(pixel(oy, ox) + offset(tap)));
-                            sum = x.mul_add(L::load(dy.add((oy * ow + ox) * BLOCK)), sum);
+                            let x = L::load(from.wrapping_add(pixel(oy, ox) + offset(tap)));
+                            sum = x.mul_add(L::load(dy.wrapping_add((oy * ow + ox) * BLOCK)), sum);
                         }
                         sum.store(y.at((index * g.taps() + tap) * BLOCK));
                     }

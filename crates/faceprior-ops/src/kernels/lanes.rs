@@ -81,7 +81,7 @@ pub(crate) trait Kernel {
 ///
 /// # Safety
 /// Every function requires a processor with the instructions of the type: call them from [`Kernel::run`] only.
-/// `load` and `store` require an address valid for sixteen floats, of any alignment.
+/// `load` and `store` require an address valid for sixteen floats, aligned as one float is.
 pub(crate) trait Lanes: Copy {
     /// Blocks of sixteen columns in a register tile, as many as the registers hold beside six rows.
     const TILE_BLOCKS: usize;
@@ -89,6 +89,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
     unsafe fn splat(value: f32) -> Self;
+    /// The float at an address, sixteen times. In debug builds `splat(*from)` would check the address each time.
+    unsafe fn broadcast(from: *const f32) -> Self;
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn sub(self, other: Self) -> Self;
     unsafe fn mul(self, other: Self) -> Self;
@@ -124,18 +126,24 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller promises sixteen floats.
-        Self(unsafe { from.cast::<[f32; 16]>().read_unaligned() })
+        Self(unsafe { *from.cast::<[f32; 16]>() })
     }
 
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: the caller promises sixteen floats.
-        unsafe { to.cast::<[f32; 16]>().write_unaligned(self.0) }
+        unsafe { *to.cast::<[f32; 16]>() = self.0 }
     }
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         Self([value; 16])
+    }
+
+    #[inline(always)]
+    unsafe fn broadcast(from: *const f32) -> Self {
+        // SAFETY: the caller promises a float.
+        Self([unsafe { *from }; 16])
     }
 
     #[inline(always)]
@@ -213,6 +221,10 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub(super) struct Avx2(__m256, __m256);
 
+    /// A mask of all lanes. Masked loads and stores with a constant mask compile to plain ones; the functions of plain
+    /// ones contain checks of their address that debug builds run each time, at twice the cost of an inner loop.
+    const ALL: __mmask16 = !0;
+
     // SAFETY of all blocks below: the trait demands of its callers the instructions and valid addresses.
 
     impl Lanes for Avx512 {
@@ -220,17 +232,22 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
-            unsafe { Self(_mm512_loadu_ps(from)) }
+            unsafe { Self(_mm512_maskz_loadu_ps(ALL, from)) }
         }
 
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
-            unsafe { _mm512_storeu_ps(to, self.0) }
+            unsafe { _mm512_mask_storeu_ps(to, ALL, self.0) }
         }
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
             unsafe { Self(_mm512_set1_ps(value)) }
+        }
+
+        #[inline(always)]
+        unsafe fn broadcast(from: *const f32) -> Self {
+            unsafe { Self(_mm512_broadcastss_ps(_mm_load_ss(from))) }
         }
 
         #[inline(always)]
@@ -277,20 +294,35 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
-            unsafe { Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+            unsafe {
+                let all = _mm256_set1_epi32(-1);
+                Self(
+                    _mm256_maskload_ps(from, all),
+                    _mm256_maskload_ps(from.wrapping_add(8), all),
+                )
+            }
         }
 
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
             unsafe {
-                _mm256_storeu_ps(to, self.0);
-                _mm256_storeu_ps(to.add(8), self.1);
+                let all = _mm256_set1_epi32(-1);
+                _mm256_maskstore_ps(to, all, self.0);
+                _mm256_maskstore_ps(to.wrapping_add(8), all, self.1);
             }
         }
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
             unsafe { Self(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
+        }
+
+        #[inline(always)]
+        unsafe fn broadcast(from: *const f32) -> Self {
+            unsafe {
+                let value = _mm256_broadcastss_ps(_mm_load_ss(from));
+                Self(value, value)
+            }
         }
 
         #[inline(always)]

@@ -48,8 +48,9 @@ impl Kernel for Add<'_> {
         unsafe {
             let (x, y) = (self.x.as_ptr(), self.y.at(self.start));
             for (pixel, noise) in self.noise.iter().enumerate() {
-                let x = L::load(x.add(pixel * BLOCK));
-                x.add(L::splat(noise * self.strength)).store(y.add(pixel * BLOCK));
+                let x = L::load(x.wrapping_add(pixel * BLOCK));
+                x.add(L::splat(noise * self.strength))
+                    .store(y.wrapping_add(pixel * BLOCK));
             }
         }
     }
@@ -90,7 +91,7 @@ impl Kernel for Dot<'_> {
             let dy = self.dy.as_ptr();
             let mut sum = L::zero();
             for (pixel, noise) in self.noise.iter().enumerate() {
-                sum = L::load(dy.add(pixel * BLOCK)).mul_add(L::splat(*noise), sum);
+                sum = L::load(dy.wrapping_add(pixel * BLOCK)).mul_add(L::splat(*noise), sum);
             }
             sum.store(self.sums.at(self.start));
         }

@@ -121,38 +121,38 @@ impl Kernel for Plane<'_> {
                 let outputs = row * columns.len() * BLOCK;
                 if transposed {
                     for column in 0..w {
-                        L::zero().store(line.add(column * BLOCK));
+                        L::zero().store(line.wrapping_add(column * BLOCK));
                     }
                     for (column, taps) in columns.iter().enumerate() {
-                        let dy = L::load(x.add(outputs + column * BLOCK));
+                        let dy = L::load(x.wrapping_add(outputs + column * BLOCK));
                         for (from, weight) in taps {
-                            let to = line.add(from * BLOCK);
+                            let to = line.wrapping_add(from * BLOCK);
                             dy.mul_add(L::splat(*weight), L::load(to)).store(to);
                         }
                     }
                     for ((from, _), weight) in taps.iter().zip(weights) {
                         for column in 0..w {
-                            let to = y.add((from * w + column) * BLOCK);
-                            L::load(line.add(column * BLOCK))
+                            let to = y.wrapping_add((from * w + column) * BLOCK);
+                            L::load(line.wrapping_add(column * BLOCK))
                                 .mul_add(weight, L::load(to))
                                 .store(to);
                         }
                     }
                 } else {
-                    let lines = taps.map(|(from, _)| x.add(from * w * BLOCK));
+                    let lines = taps.map(|(from, _)| x.wrapping_add(from * w * BLOCK));
                     for column in (0..w * BLOCK).step_by(BLOCK) {
-                        let mut sum = L::load(lines[0].add(column)).mul(weights[0]);
+                        let mut sum = L::load(lines[0].wrapping_add(column)).mul(weights[0]);
                         for tap in 1..4 {
-                            sum = L::load(lines[tap].add(column)).mul_add(weights[tap], sum);
+                            sum = L::load(lines[tap].wrapping_add(column)).mul_add(weights[tap], sum);
                         }
-                        sum.store(line.add(column));
+                        sum.store(line.wrapping_add(column));
                     }
                     for (column, taps) in columns.iter().enumerate() {
                         let mut sum = L::zero();
                         for (from, weight) in taps {
-                            sum = L::load(line.add(from * BLOCK)).mul_add(L::splat(*weight), sum);
+                            sum = L::load(line.wrapping_add(from * BLOCK)).mul_add(L::splat(*weight), sum);
                         }
-                        sum.store(y.add(outputs + column * BLOCK));
+                        sum.store(y.wrapping_add(outputs + column * BLOCK));
                     }
                 }
             }

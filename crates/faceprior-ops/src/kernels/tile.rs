@@ -58,7 +58,10 @@ pub(crate) unsafe fn multiply<L: Lanes>(
         let height = (rows - row).div_ceil(groups - group);
         // SAFETY: rows `row .. row + height` lie inside the operands, as the caller promises for all rows.
         unsafe {
-            let (a, c) = (a.add(row * strides.a_row), c.add(row * strides.c_row));
+            let (a, c) = (
+                a.wrapping_add(row * strides.a_row),
+                c.wrapping_add(row * strides.c_row),
+            );
             macro_rules! dispatch {
                 ($blocks:literal) => {
                     match height {
@@ -98,25 +101,27 @@ unsafe fn tile<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
     c: *mut f32,
     accumulate: bool,
 ) {
+    // Offsets are computed once and added without overflow checks, which debug builds would otherwise make in the
+    // innermost loop.
+    let a_rows: [usize; ROWS] = std::array::from_fn(|row| row * strides.a_row);
+    let b_blocks: [usize; BLOCKS] = std::array::from_fn(|block| block * strides.b_block);
+    let c_at = |row: usize, block: usize| c.wrapping_add(row * strides.c_row + block * strides.c_block);
     // SAFETY: the caller promises instructions and addresses.
     unsafe {
         let mut sums = [[L::zero(); BLOCKS]; ROWS];
         if accumulate {
             for (row, sums) in sums.iter_mut().enumerate() {
                 for (block, sum) in sums.iter_mut().enumerate() {
-                    *sum = L::load(c.add(row * strides.c_row + block * strides.c_block));
+                    *sum = L::load(c_at(row, block));
                 }
             }
         }
         for &(a_offset, b_offset) in runs.offsets {
-            let (mut a, mut b) = (a.add(a_offset), b.add(b_offset));
+            let (mut a, mut b) = (a.wrapping_add(a_offset), b.wrapping_add(b_offset));
             for _ in 0..runs.length {
-                let mut columns = [L::zero(); BLOCKS];
-                for (block, column) in columns.iter_mut().enumerate() {
-                    *column = L::load(b.add(block * strides.b_block));
-                }
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let factor = L::splat(*a.add(row * strides.a_row));
+                let columns = b_blocks.map(|block| L::load(b.wrapping_add(block)));
+                for (sums, row) in sums.iter_mut().zip(a_rows) {
+                    let factor = L::broadcast(a.wrapping_add(row));
                     for (sum, column) in sums.iter_mut().zip(columns) {
                         *sum = factor.mul_add(column, *sum);
                     }
@@ -127,7 +132,7 @@ unsafe fn tile<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
         }
         for (row, sums) in sums.iter().enumerate() {
             for (block, sum) in sums.iter().enumerate() {
-                sum.store(c.add(row * strides.c_row + block * strides.c_block));
+                sum.store(c_at(row, block));
             }
         }
     }

@@ -117,13 +117,15 @@ struct Taps<'a> {
 
 impl Taps<'_> {
     /// The nine taps of sixteen neighbouring outputs; zeros beyond the last channel.
+    #[inline(always)]
     fn lanes(&self, first_output: usize, input: usize) -> [[f32; BLOCK]; 9] {
         let mut lanes = [[0.0; BLOCK]; 9];
         if input < self.inputs {
             for lane in 0..BLOCK.min(self.outputs - first_output) {
                 let start = (first_output + lane) * self.output_stride + input * self.input_stride;
-                for (tap, value) in self.weight[start..start + 9].iter().enumerate() {
-                    lanes[if self.flip { 8 - tap } else { tap }][lane] = *value;
+                let taps: &[f32; 9] = self.weight[start..start + 9].try_into().expect("nine taps");
+                for tap in 0..9 {
+                    lanes[tap][lane] = if self.flip { taps[8 - tap] } else { taps[tap] };
                 }
             }
         }
@@ -176,19 +178,18 @@ const CHUNK_FLOATS: usize = 128 << 10;
 const MIN_CHUNK_TILES: usize = 30;
 const MAX_CHUNK_TILES: usize = 60;
 
-/// `G g Gᵀ` for all pairs of channels, as `[group of output blocks][36][I][blocks·16]`.
+/// `G g Gᵀ` for all pairs of channels, as `[group of output blocks][⌈I/16⌉][36][16][blocks·16]`.
 fn transform_weight(isa: Isa, taps: Taps) -> Buffer {
     let (in_blocks, out_blocks) = (taps.inputs.div_ceil(BLOCK), taps.outputs.div_ceil(BLOCK));
     let mut transformed = Buffer::take(POINTS * in_blocks * out_blocks * BLOCK * BLOCK);
     let to = Shared::new(&mut transformed);
-    let group_blocks = isa.tile_blocks();
-    parallel(out_blocks * in_blocks, |task| {
+    let groups = out_blocks.div_ceil(isa.tile_blocks());
+    parallel(groups * in_blocks, |task| {
         isa.run(WeightBlock {
             taps,
             to,
-            out_block: task / in_blocks,
+            group: task / in_blocks,
             in_block: task % in_blocks,
-            group_blocks,
         })
     });
     transformed
@@ -197,9 +198,8 @@ fn transform_weight(isa: Isa, taps: Taps) -> Buffer {
 struct WeightBlock<'a> {
     taps: Taps<'a>,
     to: Shared,
-    out_block: usize,
+    group: usize,
     in_block: usize,
-    group_blocks: usize,
 }
 
 impl Kernel for WeightBlock<'_> {
@@ -210,20 +210,19 @@ impl Kernel for WeightBlock<'_> {
         let Self {
             taps,
             to,
-            out_block,
+            group,
             in_block,
-            group_blocks,
         } = self;
         let (in_blocks, out_blocks) = (taps.inputs.div_ceil(BLOCK), taps.outputs.div_ceil(BLOCK));
-        let inputs = in_blocks * BLOCK;
-        let group = out_block / group_blocks;
-        let width = group_blocks.min(out_blocks - group * group_blocks) * BLOCK;
-        let start = group * group_blocks * BLOCK * POINTS * inputs + out_block % group_blocks * BLOCK;
-        for lane in 0..BLOCK {
-            let input = in_block * BLOCK + lane;
-            let g = taps.lanes(out_block * BLOCK, input);
-            // SAFETY: the caller promises the instructions. This task alone writes the columns of its output block in
-            // the rows of its input block, which lie inside the buffer by its size.
+        let first_block = group * L::TILE_BLOCKS;
+        let blocks = L::TILE_BLOCKS.min(out_blocks - first_block);
+        let width = blocks * BLOCK;
+        let start = POINTS * BLOCK * (first_block * BLOCK * in_blocks + in_block * width);
+        for (lane, block) in (0..BLOCK).flat_map(|lane| (0..blocks).map(move |block| (lane, block))) {
+            let g = taps.lanes((first_block + block) * BLOCK, in_block * BLOCK + lane);
+            let to = to.at(start + lane * width + block * BLOCK);
+            // SAFETY: the caller promises the instructions. This task alone writes the columns of its group in the
+            // rows of its input block, which lie inside the buffer by its size.
             unsafe {
                 let mut half = [[L::zero(); 3]; EDGE];
                 for column in 0..3 {
@@ -234,8 +233,7 @@ impl Kernel for WeightBlock<'_> {
                 }
                 for (row, half) in half.into_iter().enumerate() {
                     for (column, value) in kernel_to_points(half).into_iter().enumerate() {
-                        let point = row * EDGE + column;
-                        value.store(to.at(start + (point * inputs + input) * width));
+                        value.store(to.wrapping_add((row * EDGE + column) * BLOCK * width));
                     }
                 }
             }
@@ -285,8 +283,8 @@ impl Kernel for Chunk<'_> {
             for tile in 0..tiles {
                 let (n, top, left) = shape.tile(first_tile + tile);
                 for block in 0..in_blocks {
-                    let plane = x.as_ptr().add((n * in_blocks + block) * shape.plane());
-                    let to = v.add(tile * inputs + block * BLOCK);
+                    let plane = x.as_ptr().wrapping_add((n * in_blocks + block) * shape.plane());
+                    let to = v.wrapping_add(tile * inputs + block * BLOCK);
                     transform_input::<L>(plane, shape, top, left, to, v_point);
                 }
             }
@@ -295,7 +293,7 @@ impl Kernel for Chunk<'_> {
                 let width = blocks * BLOCK;
                 let weight = weight
                     .as_ptr()
-                    .add(group * L::TILE_BLOCKS * BLOCK * POINTS * inputs);
+                    .wrapping_add(group * L::TILE_BLOCKS * BLOCK * POINTS * inputs);
                 let strides = Strides {
                     a_row: inputs,
                     a_inner: 1,
@@ -304,13 +302,28 @@ impl Kernel for Chunk<'_> {
                     c_row: width,
                     c_block: BLOCK,
                 };
+                let blocks_of_inputs: Vec<_> = (0..in_blocks)
+                    .map(|block| (block * BLOCK, block * POINTS * BLOCK * width))
+                    .collect();
+                let runs = Runs {
+                    offsets: &blocks_of_inputs,
+                    length: BLOCK,
+                };
                 for point in 0..POINTS {
-                    let runs = Runs {
-                        offsets: &[(0, 0)],
-                        length: inputs,
-                    };
-                    let (a, b) = (v.add(point * v_point), weight.add(point * inputs * width));
-                    multiply::<L>(tiles, blocks, runs, strides, a, b, m.add(point * m_point), false);
+                    let (a, b) = (
+                        v.wrapping_add(point * v_point),
+                        weight.wrapping_add(point * BLOCK * width),
+                    );
+                    multiply::<L>(
+                        tiles,
+                        blocks,
+                        runs,
+                        strides,
+                        a,
+                        b,
+                        m.wrapping_add(point * m_point),
+                        false,
+                    );
                 }
                 for tile in 0..tiles {
                     let (n, top, left) = shape.tile(first_tile + tile);
@@ -318,7 +331,7 @@ impl Kernel for Chunk<'_> {
                         let out_block = group * L::TILE_BLOCKS + block;
                         let plane = y.at((n * out_blocks + out_block) * shape.plane());
                         transform_output::<L>(
-                            m.add(tile * width + block * BLOCK),
+                            m.wrapping_add(tile * width + block * BLOCK),
                             m_point,
                             plane,
                             shape,
@@ -355,14 +368,14 @@ unsafe fn transform_input<L: Lanes>(
         let inside = top > 0 && left > 0 && top + TILE < h && left + TILE < w;
         for column in 0..EDGE {
             let d: [L; EDGE] = if inside {
-                let first = plane.add(((top - 1) * w + left - 1 + column) * BLOCK);
-                std::array::from_fn(|row| L::load(first.add(row * w * BLOCK)))
+                let first = plane.wrapping_add(((top - 1) * w + left - 1 + column) * BLOCK);
+                std::array::from_fn(|row| L::load(first.wrapping_add(row * w * BLOCK)))
             } else {
                 std::array::from_fn(|row| {
                     // One too far above or left wraps around to a huge number, which is outside too.
                     let (y, x) = ((top + row).wrapping_sub(1), (left + column).wrapping_sub(1));
                     L::load(if y < h && x < w {
-                        plane.add((y * w + x) * BLOCK)
+                        plane.wrapping_add((y * w + x) * BLOCK)
                     } else {
                         ZEROS.as_ptr()
                     })
@@ -374,7 +387,7 @@ unsafe fn transform_input<L: Lanes>(
         }
         for (row, half) in half.into_iter().enumerate() {
             for (column, value) in input_to_points(half).into_iter().enumerate() {
-                value.store(to.add((row * EDGE + column) * point));
+                value.store(to.wrapping_add((row * EDGE + column) * point));
             }
         }
     }
@@ -397,16 +410,16 @@ unsafe fn transform_output<L: Lanes>(
     unsafe {
         let mut half = [[L::zero(); EDGE]; TILE];
         for column in 0..EDGE {
-            let m = std::array::from_fn(|row| L::load(from.add((row * EDGE + column) * point)));
+            let m = std::array::from_fn(|row| L::load(from.wrapping_add((row * EDGE + column) * point)));
             for (row, value) in points_to_output(m).into_iter().enumerate() {
                 half[row][column] = value;
             }
         }
         let columns = TILE.min(shape.w - left);
         for (row, half) in half.into_iter().enumerate().take(shape.h - top) {
-            let first = plane.add(((top + row) * shape.w + left) * BLOCK);
+            let first = plane.wrapping_add(((top + row) * shape.w + left) * BLOCK);
             for (column, value) in points_to_output(half).into_iter().enumerate().take(columns) {
-                value.store(first.add(column * BLOCK));
+                value.store(first.wrapping_add(column * BLOCK));
             }
         }
     }
@@ -433,7 +446,7 @@ unsafe fn transform_output_gradient<L: Lanes>(
                 let (y, x) = (top + row, left + column);
                 let inside = y < shape.h && x < shape.w;
                 L::load(if inside {
-                    plane.add((y * shape.w + x) * BLOCK)
+                    plane.wrapping_add((y * shape.w + x) * BLOCK)
                 } else {
                     ZEROS.as_ptr()
                 })
@@ -444,7 +457,7 @@ unsafe fn transform_output_gradient<L: Lanes>(
         }
         for (row, half) in half.into_iter().enumerate() {
             for (column, value) in output_to_points(half).into_iter().enumerate() {
-                value.store(to.add((row * EDGE + column) * point));
+                value.store(to.wrapping_add((row * EDGE + column) * point));
             }
         }
     }
@@ -588,15 +601,16 @@ pub(crate) fn weight_gradient(isa: Isa, shape: Shape, x: &[f32], dy: &[f32], dw:
 
     let dw = Shared::new(dw);
     let sums = &sums;
-    parallel(out_blocks * in_blocks, |task| {
-        let (out_block, in_block) = (task / in_blocks, task % in_blocks);
+    let groups = out_blocks.div_ceil(isa.tile_blocks());
+    parallel(groups * in_blocks, |task| {
+        let (group, in_block) = (task / in_blocks, task % in_blocks);
         isa.run(GradientBlock {
             shape,
             sums,
             parts,
             size,
             dw,
-            out_block,
+            group,
             in_block,
         });
     });
@@ -664,12 +678,12 @@ unsafe fn transform_gradient_tiles<L: Lanes>(
         // SAFETY: the caller's promise.
         unsafe {
             for block in 0..in_blocks {
-                let plane = x.as_ptr().add((n * in_blocks + block) * shape.plane());
+                let plane = x.as_ptr().wrapping_add((n * in_blocks + block) * shape.plane());
                 let to = view.inputs.at((block * view.capacity + place) * BLOCK);
                 transform_input::<L>(plane, shape, top, left, to, view.input_point);
             }
             for block in 0..out_blocks {
-                let plane = dy.as_ptr().add((n * out_blocks + block) * shape.plane());
+                let plane = dy.as_ptr().wrapping_add((n * out_blocks + block) * shape.plane());
                 let group = block / L::TILE_BLOCKS;
                 let width = L::TILE_BLOCKS.min(out_blocks - group * L::TILE_BLOCKS) * BLOCK;
                 let start = group * L::TILE_BLOCKS * BLOCK * view.capacity;
@@ -721,7 +735,7 @@ unsafe fn add_point<L: Lanes>(
                 let a = view
                     .inputs
                     .at(point * view.input_point + block * BLOCK * view.capacity);
-                let c = sums.add(block * BLOCK * columns + first_column);
+                let c = sums.wrapping_add(block * BLOCK * columns + first_column);
                 multiply::<L>(BLOCK, blocks, runs, strides, a, b, c, accumulate);
             }
         }
@@ -884,14 +898,14 @@ impl Kernel for AddPoint {
     }
 }
 
-/// Adds up the parts of sixteen inputs and outputs, in order, and transforms them to taps.
+/// Adds up the parts of sixteen inputs and a group of outputs, in order, and transforms them to taps.
 struct GradientBlock<'a> {
     shape: Shape,
     sums: &'a [f32],
     parts: usize,
     size: usize,
     dw: Shared,
-    out_block: usize,
+    group: usize,
     in_block: usize,
 }
 
@@ -906,36 +920,40 @@ impl Kernel for GradientBlock<'_> {
             parts,
             size,
             dw,
-            out_block,
+            group,
             in_block,
         } = self;
-        let columns = shape.o.div_ceil(BLOCK) * BLOCK;
-        let pairs = size / POINTS;
-        let (first_input, first_output) = (in_block * BLOCK, out_block * BLOCK);
-        for input in first_input..shape.i.min(first_input + BLOCK) {
+        let out_blocks = shape.o.div_ceil(BLOCK);
+        let (columns, pairs) = (out_blocks * BLOCK, size / POINTS);
+        let inputs = in_block * BLOCK..shape.i.min((in_block + 1) * BLOCK);
+        let blocks = group * L::TILE_BLOCKS..out_blocks.min((group + 1) * L::TILE_BLOCKS);
+        for (input, block) in inputs.flat_map(|input| blocks.clone().map(move |block| (input, block))) {
+            let first_output = block * BLOCK;
             // SAFETY: the caller promises the instructions; `sums` holds `parts` times `size` floats; this task alone
             // writes the taps of its channels.
             unsafe {
-                let first = sums.as_ptr().add(input * columns + first_output);
+                let first = sums.as_ptr().wrapping_add(input * columns + first_output);
                 let mut half = [[L::zero(); EDGE]; 3];
                 for column in 0..EDGE {
                     let s = std::array::from_fn(|row| {
-                        let at = first.add((row * EDGE + column) * pairs);
-                        (1..parts).fold(L::load(at), |sum, part| sum.add(L::load(at.add(part * size))))
+                        let at = first.wrapping_add((row * EDGE + column) * pairs);
+                        (1..parts).fold(L::load(at), |sum, part| {
+                            sum.add(L::load(at.wrapping_add(part * size)))
+                        })
                     });
                     for (row, value) in points_to_kernel(s).into_iter().enumerate() {
                         half[row][column] = value;
                     }
                 }
+                let mut taps = [[0.0; BLOCK]; 9];
                 for (row, half) in half.into_iter().enumerate() {
                     for (column, value) in points_to_kernel(half).into_iter().enumerate() {
-                        let mut lanes = [0.0; BLOCK];
-                        value.store(lanes.as_mut_ptr());
-                        for lane in 0..BLOCK.min(shape.o - first_output) {
-                            let pair = (first_output + lane) * shape.i + input;
-                            *dw.at(pair * 9 + row * 3 + column) = lanes[lane];
-                        }
+                        value.store(taps[row * 3 + column].as_mut_ptr());
                     }
+                }
+                for lane in 0..BLOCK.min(shape.o - first_output) {
+                    let to = dw.at(((first_output + lane) * shape.i + input) * 9);
+                    to.cast::<[f32; 9]>().write(taps.map(|tap| tap[lane]));
                 }
             }
         }
