@@ -38,6 +38,9 @@ use crate::TrainError;
 use crate::recipe::{Budget, DataRecipe, Recipe, StageName};
 use crate::schedule::{self, Clock};
 
+pub mod encoder;
+mod evaluation;
+pub mod prior;
 pub mod recognizer;
 
 /// One stage of training; see the [module](self) for how to write one.
@@ -121,6 +124,9 @@ pub struct Evaluation {
 }
 
 /// The body that encoder and recogniser share: IR-SE on six channels, by the recipe's `[backbone]`.
+///
+/// # Panics
+/// If the depth is none of those that a recipe may have when it is read.
 pub fn backbone_config(recipe: &Recipe) -> BackboneConfig {
     let depth =
         Depth::try_from(recipe.backbone.depth as u32).expect("the recipe was checked when it was read");
