@@ -183,3 +183,56 @@ impl EqualLinear {
         x.matmul(self.weight.val().transpose()).mul_scalar(scale) + self.bias.val().unsqueeze()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fill;
+
+    fn small() -> BackboneEncoderConfig {
+        let backbone = BackboneConfig {
+            width: 8,
+            ..BackboneConfig::with_average(Depth::D18)
+        };
+        BackboneEncoderConfig {
+            backbone,
+            image_size: 48,
+            num_ws: 4,
+            latent_dim: 16,
+        }
+    }
+
+    #[test]
+    fn heads_halve_to_one_pixel() {
+        let device = Device::flex();
+        // Body ends at 1, 2, 3, 4 and 5 pixels.
+        for (image_size, halvings) in [(16, 0), (32, 1), (48, 2), (64, 2), (80, 3)] {
+            let encoder = BackboneEncoderConfig {
+                image_size,
+                ..small()
+            }
+            .init(&mut Init::new(1, &device));
+            assert_eq!(encoder.styles[0].convs.len(), 2 * halvings);
+            let images = Tensor::zeros([1, 6, image_size, image_size], &device);
+            assert_eq!(encoder.forward(images, Mode::Eval).dims(), [1, 4, 16]);
+        }
+    }
+
+    #[test]
+    fn a_file_alone_builds_the_network_again() {
+        let device = Device::flex();
+        let encoder = fill::fill(small().init(&mut Init::new(1, &device)), "t.");
+        let (latent_avg, average) = (Tensor::ones([16], &device), Tensor::ones([3, 48, 48], &device));
+        let weights = encoder.to_weights(latent_avg, average);
+        assert_eq!(weights.get(LATENT_AVG).unwrap().shape().as_slice(), [16]);
+        let again = BackboneEncoder::from_weights(&weights, &device).unwrap();
+        let images: Tensor<4> = fill::input("images", [2, 6, 48, 48], 1.0, &device);
+        let codes = |encoder: &BackboneEncoder| encoder.forward(images.clone(), Mode::Eval).into_data();
+        assert_eq!(codes(&encoder), codes(&again));
+
+        let error = crate::irse::Recognizer::from_weights(&weights, &device)
+            .unwrap_err()
+            .to_string();
+        assert_eq!(error, "cannot use weights: it holds encoder, expected recognizer");
+    }
+}

@@ -418,3 +418,204 @@ pub fn beside_average(images: Tensor<4>, average: Tensor<3>) -> Tensor<4> {
     let average = resize_bilinear(average.unsqueeze::<4>(), [height, width]); // [1, 3, H, W]
     Tensor::cat(vec![images, average.expand([n, c, height, width])], 1) // [N, 6, H, W]
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::module::{ModuleVisitor, Param};
+    use burn::tensor::Gradients;
+
+    use super::*;
+    use crate::encoder::BackboneEncoderConfig;
+    use crate::fill;
+
+    fn small(in_channels: usize) -> RecognizerConfig {
+        let backbone = BackboneConfig {
+            depth: Depth::D18,
+            in_channels,
+            width: 8,
+            squeeze_excitation: true,
+            dropout: 0.0,
+        };
+        RecognizerConfig {
+            backbone,
+            image_size: 32,
+            embedding_dim: 12,
+            output_dropout: 0.5,
+        }
+    }
+
+    fn filled(config: &RecognizerConfig, device: &Device) -> Recognizer {
+        fill::fill(config.init(&mut Init::new(1, device)), "t.")
+    }
+
+    fn numbers<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+        tensor.into_data().try_to_vec().unwrap()
+    }
+
+    #[test]
+    fn depths_have_their_layers() {
+        let units = |depth: u32| Depth::try_from(depth).unwrap().units().iter().sum::<usize>();
+        assert_eq!([18, 34, 50, 100, 152].map(units), [8, 16, 24, 49, 50]);
+        assert_eq!(Depth::try_from(101).unwrap(), Depth::D100);
+        let error = serde_json::from_str::<Depth>("40").unwrap_err().to_string();
+        assert!(
+            error.contains("depth is 40, expected 18, 34, 50, 100 or 152"),
+            "{error}"
+        );
+        assert_eq!(serde_json::to_string(&Depth::D50).unwrap(), "50");
+    }
+
+    #[test]
+    fn dropout_in_the_units_moves_the_numbers() {
+        let mut config = small(3);
+        config.backbone.dropout = 0.15;
+        let network = config.init(&mut Init::new(1, &Device::flex()));
+        let weights = Weights::from_module(&network, "");
+        for key in [
+            "body.2.res_layer.0.weight",
+            "body.2.res_layer.1.weight",
+            "body.2.res_layer.3.weight",
+            "body.2.res_layer.4.weight",
+            "body.2.res_layer.6.running_mean",
+            "body.2.res_layer.7.fc1.weight",
+            "body.2.shortcut_layer.0.weight",
+            "body.2.shortcut_layer.2.running_var",
+            "output_layer.0.weight",
+            "output_layer.3.bias",
+            "output_layer.4.num_batches_tracked",
+        ] {
+            assert!(weights.get(key).is_some(), "{key} is not there");
+        }
+        let plain = Weights::from_module(&small(3).init(&mut Init::new(1, &Device::flex())), "");
+        assert!(plain.get("body.2.shortcut_layer.1.running_var").is_some());
+        assert_eq!(plain.names().count(), weights.names().count());
+    }
+
+    #[test]
+    fn sizes_follow_the_strides() {
+        let config = BackboneConfig::with_average(Depth::D50);
+        let ends = [(112, 7), (128, 8), (200, 13), (224, 14), (256, 16), (400, 25)];
+        assert_eq!(
+            ends.map(|(size, _)| config.out_size(size)),
+            ends.map(|(_, end)| end)
+        );
+
+        let device = Device::flex();
+        let backbone = small(3).backbone.init(&mut Init::new(1, &device));
+        for size in [16usize, 40, 50] {
+            let x = backbone.forward(Tensor::zeros([1, 3, size, size], &device), Mode::Eval);
+            assert_eq!(x.dims(), [1, 64, size.div_ceil(16), size.div_ceil(16)]);
+        }
+    }
+
+    #[test]
+    fn pictures_of_another_size_are_resized() {
+        let device = Device::flex();
+        let network = filled(&small(3), &device);
+        let images = fill::input("images", [2, 3, 48, 40], 1.0, &device);
+        let resized = resize_bilinear(images.clone(), [32, 32]);
+        assert_eq!(
+            numbers(network.forward(images, Mode::Eval)),
+            numbers(network.forward(resized, Mode::Eval))
+        );
+    }
+
+    #[test]
+    fn the_average_stands_beside_every_picture() {
+        let device = Device::flex();
+        let images = fill::input("images", [2, 3, 4, 4], 1.0, &device);
+        let average = fill::input::<3>("average", [3, 4, 4], 1.0, &device);
+        let both = beside_average(images.clone(), average.clone());
+        assert_eq!(numbers(both.clone().narrow(1, 0, 3)), numbers(images));
+        assert_eq!(numbers(both.slice([1..2, 3..6])), numbers(average));
+    }
+
+    #[test]
+    fn a_file_alone_builds_the_network_again() {
+        let device = Device::flex();
+        for in_channels in [3, 6] {
+            let network = filled(&small(in_channels), &device);
+            let average = (in_channels == 6).then(|| fill::input("average", [3, 32, 32], 1.0, &device));
+            let weights = network.to_weights(average);
+            assert_eq!(
+                weights.get("encoder.body.0.res_layer.0.weight").is_some(),
+                in_channels == 6
+            );
+            assert_eq!(weights.get(AVERAGE_IMAGE).is_some(), in_channels == 6);
+            let again = Recognizer::from_weights(&weights, &device).unwrap();
+            assert_eq!(again.config(), network.config());
+            let images = fill::input::<4>("images", [2, in_channels, 32, 32], 1.0, &device);
+            assert_eq!(
+                numbers(network.forward(images.clone(), Mode::Eval)),
+                numbers(again.forward(images, Mode::Eval))
+            );
+        }
+    }
+
+    #[test]
+    fn body_and_input_layer_come_from_the_encoder_and_the_rest_stays() {
+        let device = Device::flex();
+        let backbone = small(6).backbone;
+        let encoder = BackboneEncoderConfig {
+            backbone,
+            image_size: 32,
+            num_ws: 4,
+            latent_dim: 16,
+        };
+        let encoder = fill::fill(encoder.init(&mut Init::new(2, &device)), "e.");
+        let export = encoder.to_weights(Tensor::zeros([16], &device), Tensor::zeros([3, 32, 32], &device));
+
+        let fresh = small(6).init(&mut Init::new(1, &device));
+        let before = fresh.to_weights(None);
+        let after = fresh.load_encoder(&export).unwrap().to_weights(None);
+        for name in after.names() {
+            let source = if name.contains("output_layer") {
+                &before
+            } else {
+                &export
+            };
+            assert_eq!(after.get(name), source.get(name), "{name}");
+        }
+
+        let narrow = small(3)
+            .init(&mut Init::new(1, &device))
+            .load_encoder(&export)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            narrow.contains("encoder.input_layer.0.weight is [8, 6, 3, 3], expected [8, 3, 3, 3]\nhint: "),
+            "{narrow}"
+        );
+        let mut deep = small(6);
+        deep.backbone.depth = Depth::D34;
+        let deep = deep
+            .init(&mut Init::new(1, &device))
+            .load_encoder(&export)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            deep.contains("encoder.body.2.") && deep.contains("expected"),
+            "{deep}"
+        );
+    }
+
+    #[test]
+    fn every_parameter_learns() {
+        struct Check<'a>(&'a Gradients, usize);
+        impl ModuleVisitor for Check<'_> {
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                let tensor = param.val();
+                assert_eq!(tensor.grad(self.0).is_some(), tensor.is_require_grad());
+                self.1 += usize::from(tensor.is_require_grad());
+            }
+        }
+        let device = Device::flex().autodiff();
+        let network = small(6).init(&mut Init::new(1, &device));
+        let images = fill::input("images", [4, 6, 32, 32], 1.0, &device);
+        let gradients = network.forward(images, Mode::Train).square().mean().backward();
+        let mut check = Check(&gradients, 0);
+        network.visit(&mut check);
+        // 4 in the input layer; 8 units of 9, three of them with 3 in the shortcut; 6 in the output layer.
+        assert_eq!(check.1, 4 + 8 * 9 + 3 * 3 + 6);
+    }
+}

@@ -85,10 +85,6 @@ impl<const D: usize> Module for Buffer<D> {
         devices
     }
 
-    fn num_params(&self) -> usize {
-        0
-    }
-
     fn fork(self, device: &Device) -> Self {
         self.to_device(device)
     }
@@ -450,10 +446,6 @@ macro_rules! transparent_module {
                 match self { $(Self::$variant(inner) => inner.collect_devices(devices)),* }
             }
 
-            fn num_params(&self) -> usize {
-                match self { $(Self::$variant(inner) => burn::module::Module::num_params(inner)),* }
-            }
-
             fn fork(self, device: &burn::tensor::Device) -> Self {
                 match self { $(Self::$variant(inner) => Self::$variant(inner.fork(device))),* }
             }
@@ -626,6 +618,5 @@ mod tests {
             "s.3.fc2.weight",
         ];
         assert_eq!(names, expected);
-        assert_eq!(Module::num_params(&sequence), 8 + 4 + 8 + 16);
     }
 }

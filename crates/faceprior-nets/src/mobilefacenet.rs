@@ -251,3 +251,38 @@ impl InvertedResidual {
         if self.residual { y.add(x) } else { y }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_alone_builds_the_network_again() {
+        let device = Device::flex();
+        let config = MobileFaceNetConfig {
+            image_size: [48, 32],
+            width: 4,
+            embedding_dim: 6,
+        };
+        let network = config.init(&mut Init::new(1, &device));
+        let images = crate::fill::input::<4>("images", [2, 3, 48, 32], 1.0, &device);
+        let again = MobileFaceNet::from_weights(&network.to_weights(), &device).unwrap();
+        let embedding = again.forward(images.clone(), Mode::Eval);
+        assert_eq!(embedding.dims(), [2, 6]);
+        assert_eq!(
+            embedding.into_data(),
+            network.forward(images, Mode::Eval).into_data()
+        );
+    }
+
+    #[test]
+    fn the_published_network_has_a_million_parameters() {
+        let network = MobileFaceNetConfig::default().init(&mut Init::new(1, &Device::flex()));
+        let weights = Weights::from_module(&network, "");
+        let learnt = weights
+            .names()
+            .filter(|name| !name.contains("running_") && !name.contains("tracked"));
+        let count: usize = learnt.map(|name| weights.get(name).unwrap().num_elements()).sum();
+        assert_eq!(count, 999_552); // as many as the public checkpoint holds
+    }
+}

@@ -2,6 +2,8 @@
 
 // Each test program uses a part.
 #![allow(dead_code)]
+// The errors are worth seeing, with --nocapture.
+#![allow(clippy::print_stderr)]
 
 pub(crate) mod networks;
 
