@@ -354,13 +354,15 @@ impl Driver<'_> {
             let name = format!("step-{:09}-{name}.png", clock.step);
             picture.write(self.run.samples_dir().join(name))?;
         }
-        let score = evaluation.score.map(|score| ("score".to_owned(), score.into()));
-        let values = evaluation
+        let mut fields: Vec<(String, Value)> = evaluation
             .values
             .iter()
-            .map(|(name, value)| (name.clone(), (*value).into()));
-        self.run
-            .record("evaluation", clock.step, clock.images, values.chain(score))?;
+            .map(|(name, value)| (name.clone(), (*value).into()))
+            .collect();
+        fields.extend(evaluation.score.map(|score| ("score".to_owned(), score.into())));
+        if !fields.is_empty() {
+            self.run.record("evaluation", clock.step, clock.images, fields)?;
+        }
         self.reporter.report(Event::Evaluated {
             clock: &clock,
             evaluation: &evaluation,

@@ -8,6 +8,14 @@
 //! From the encoder, input layer, body and average image are taken over strictly and the output layer is fresh; for
 //! the first `freeze_epochs` the body's parameters rest. The twin from scratch is the same network with the mean of
 //! its own training pictures as average image: nothing of it comes from stages 1 and 2.
+//!
+//! | in the log | what it is |
+//! |---|---|
+//! | `loss` | the focal loss or cross-entropy of the batch |
+//! | `top1`, `top5` | shares of the batch whose identity is among the highest logits, the margin included |
+//! | `target_cosine` | mean cosine between an embedding and the direction of its identity |
+//! | `learning_rate`, `margin` | as they were in the step |
+//! | `accuracy`, `auc` | pair verification of people held out from training, if there are any; accuracy is the score |
 
 use std::sync::Arc;
 
