@@ -11,7 +11,20 @@ use crate::{FeatureMap, reference};
 /// With `ceil_mode` a last window that hangs over the border counts, as in PyTorch.
 pub fn max_pool2d(x: FeatureMap, kernel: usize, stride: usize, ceil_mode: bool) -> FeatureMap {
     let channels = x.channels();
-    x.map(|x| reference::max_pool2d(x, channels, kernel, stride, ceil_mode))
+    if x.is_blocked() {
+        x.map(|x| {
+            apply1(
+                MaxPool {
+                    kernel,
+                    stride,
+                    ceil_mode,
+                },
+                x,
+            )
+        })
+    } else {
+        x.map(|x| reference::max_pool2d(x, channels, kernel, stride, ceil_mode))
+    }
 }
 
 /// Keeps every `stride`-th pixel of every `stride`-th row, from the first.
@@ -106,6 +119,65 @@ impl Function<1> for Subsample {
     }
 }
 
+/// Maximum over windows.
+#[derive(Clone, Debug)]
+struct MaxPool {
+    kernel: usize,
+    stride: usize,
+    ceil_mode: bool,
+}
+
+impl MaxPool {
+    fn windows(&self, h: usize, w: usize) -> kernels::Windows {
+        let Self {
+            kernel,
+            stride,
+            ceil_mode,
+        } = *self;
+        let count = |size: usize| match ceil_mode {
+            // A last window that would start outside the map does not count.
+            true => {
+                size.saturating_sub(kernel)
+                    .div_ceil(stride)
+                    .min((size - 1) / stride)
+                    + 1
+            }
+            false => {
+                assert!(
+                    size >= kernel,
+                    "a map of {h}×{w} pixels is smaller than the {kernel}×{kernel} window"
+                );
+                (size - kernel) / stride + 1
+            }
+        };
+        kernels::Windows {
+            h,
+            w,
+            rows: count(h),
+            columns: count(w),
+            kernel,
+            stride,
+        }
+    }
+}
+
+impl Function<1> for MaxPool {
+    type Saved = FlexTensor;
+
+    fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, FlexTensor) {
+        let [n, blocks, h, w, _] = dims(&x);
+        let windows = self.windows(h, w);
+        let y = kernels::max_pool(Isa::best(), values(&x), windows);
+        (tensor(y, [n, blocks, windows.rows, windows.columns, BLOCK]), x)
+    }
+
+    fn backward(&self, x: FlexTensor, dy: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
+        let [_, _, h, w, _] = dims(&x);
+        let dx = kernels::max_pool_gradient(values(&x), values(&dy), self.windows(h, w));
+        [Some(tensor(dx, dims::<5>(&x)))]
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use burn::tensor::{Tensor, module, ops::ConvOptions, ops::PadMode};
@@ -186,6 +258,24 @@ mod tests {
             if kept {
                 assert_eq!(*value, y[channel * 6 + row / 2 * 2 + column / 2]);
             }
+        }
+    }
+
+    #[test]
+    fn max_pool_agrees_with_its_reference() {
+        for (kernel, stride, ceil_mode, h, w) in [
+            (2, 2, true, 5, 7),
+            (2, 2, false, 5, 7),
+            (3, 2, true, 8, 8),
+            (3, 2, false, 11, 10),
+            (2, 3, true, 6, 3),
+        ] {
+            assert_twins(
+                |[x]| max_pool2d(FeatureMap::from_blocks(x, 32), kernel, stride, ceil_mode).into_blocks(),
+                |[x]| reference::max_pool2d(x, 32, kernel, stride, ceil_mode),
+                [[2, 2, h, w, BLOCK]],
+                0.0,
+            );
         }
     }
 

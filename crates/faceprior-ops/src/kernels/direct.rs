@@ -6,6 +6,7 @@
 
 use super::lanes::{Isa, Kernel, Lanes};
 use super::tile::{Runs, Strides, multiply};
+use super::weights::{Columns, WeightShape, WeightTile};
 use super::{BLOCK, Shared, parallel};
 use crate::pool::Buffer;
 
@@ -40,6 +41,14 @@ impl Geometry {
 
     fn taps(self) -> usize {
         self.kernel[0] * self.kernel[1]
+    }
+
+    fn weight(self) -> WeightShape {
+        WeightShape {
+            outputs: self.o,
+            inputs: self.i,
+            taps: self.taps(),
+        }
     }
 
     /// A 1×1 convolution of stride 1 does not care which pixels are neighbours: one row of all.
@@ -121,45 +130,28 @@ struct Panels {
     length: usize,
 }
 
-/// Packs a weight whose columns and inner channels lie `strides` apart, taps side by side.
-fn pack(
-    group_blocks: usize,
-    weight: &[f32],
-    [columns, inner, taps]: [usize; 3],
-    strides: [usize; 2],
-) -> Panels {
+/// Packs one side of a weight as columns.
+fn pack(isa: Isa, weight: &[f32], shape: WeightShape, side: Columns) -> Panels {
+    let (columns, inner) = side.sides(shape);
     let (column_blocks, inner_blocks) = (columns.div_ceil(BLOCK), inner.div_ceil(BLOCK));
     let length = if inner_blocks == 1 { inner } else { BLOCK };
-    let rows = inner_blocks * taps * length;
+    let rows = inner_blocks * shape.taps * length;
     let mut values = Buffer::take(column_blocks * BLOCK * rows);
     let to = Shared::new(&mut values);
+    let group_blocks = isa.tile_blocks();
     parallel(column_blocks * inner_blocks, |task| {
         let (column_block, inner_block) = (task / inner_blocks, task % inner_blocks);
         let group = column_block / group_blocks;
         let width = group_blocks.min(column_blocks - group * group_blocks) * BLOCK;
         let start = group * group_blocks * BLOCK * rows
-            + inner_block * taps * length * width
+            + inner_block * shape.taps * length * width
             + column_block % group_blocks * BLOCK;
-        let lanes = BLOCK.min(columns - column_block * BLOCK);
-        for row in 0..length {
-            let channel = inner_block * BLOCK + row;
-            for tap in 0..taps {
-                let mut values = [0.0; BLOCK];
-                if channel < inner {
-                    let from = column_block * BLOCK * strides[0] + channel * strides[1] + tap;
-                    let from = weight[from..].iter().step_by(strides[0]);
-                    for (value, from) in values.iter_mut().zip(from).take(lanes) {
-                        *value = *from;
-                    }
-                }
-                // SAFETY: each task writes the rows and columns of its blocks, inside the buffer by its size; rows are
-                // a multiple of sixteen floats apart.
-                unsafe {
-                    to.at(start + (tap * length + row) * width)
-                        .cast::<[f32; BLOCK]>()
-                        .write(values)
-                };
-            }
+        let mut tile = WeightTile::new(shape);
+        side.read(&mut tile, weight, column_block, inner_block);
+        for (tap, row) in (0..shape.taps).flat_map(|tap| (0..length).map(move |row| (tap, row))) {
+            let to = to.at(start + (tap * length + row) * width).cast::<[f32; BLOCK]>();
+            // SAFETY: each task writes the rows and columns of its blocks, inside the buffer by its size.
+            unsafe { to.write(side.row(&tile, row, tap)) };
         }
     });
     Panels { values, length }
@@ -179,12 +171,7 @@ pub(crate) fn forward(isa: Isa, geometry: Geometry, x: &[f32], weight: &[f32], y
     assert_eq!(y.len(), g.n * g.out_blocks() * oh * ow * BLOCK);
     assert_eq!(weight.len(), g.o * g.i * g.taps());
     let source = pad(x, g.h, g.w, [g.padding; 2], [g.padding; 2]);
-    let panels = pack(
-        isa.tile_blocks(),
-        weight,
-        [g.o, g.i, g.taps()],
-        [g.i * g.taps(), g.taps()],
-    );
+    let panels = pack(isa, weight, g.weight(), Columns::Outputs);
     let taps: Vec<_> = (0..g.taps())
         .map(|tap| (tap, (tap / g.kernel[1] * source.w + tap % g.kernel[1]) * BLOCK))
         .collect();
@@ -242,12 +229,7 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
     };
     let ((top, bottom), (left, right)) = (borders(kh, g.h, oh), borders(kw, g.w, ow));
     let source = pad(dy, oh, ow, [top, left], [bottom, right]);
-    let panels = pack(
-        isa.tile_blocks(),
-        weight,
-        [g.i, g.o, g.taps()],
-        [g.taps(), g.i * g.taps()],
-    );
+    let panels = pack(isa, weight, g.weight(), Columns::Inputs);
     let dx = Shared::new(dx);
     for phase_y in 0..s.min(g.h) {
         for phase_x in 0..s.min(g.w) {
@@ -443,16 +425,24 @@ pub(crate) fn weight_gradient(isa: Isa, geometry: Geometry, x: &[f32], dy: &[f32
     });
 
     let (dw, sums) = (Shared::new(dw), &*sums);
-    parallel(g.taps() * inputs, |row| {
-        let (tap, input) = (row / inputs, row % inputs);
-        if input < g.i {
-            for output in 0..g.o {
-                let at = row * columns + output;
-                let sum: f32 = (0..parts).map(|part| sums[part * size + at]).sum();
-                // SAFETY: each task writes the taps of one input.
-                unsafe { *dw.at((output * g.i + input) * g.taps() + tap) = sum };
+    parallel(g.out_blocks() * g.in_blocks(), |task| {
+        let (out_block, in_block) = (task / g.in_blocks(), task % g.in_blocks());
+        let mut tile = WeightTile::new(g.weight());
+        for (tap, lane) in (0..g.taps()).flat_map(|tap| (0..BLOCK).map(move |lane| (tap, lane))) {
+            let input = in_block * BLOCK + lane;
+            if input < g.i {
+                let mut total = [0.0; BLOCK];
+                for part in sums.chunks_exact(size) {
+                    let first = (tap * inputs + input) * columns + out_block * BLOCK;
+                    for (total, sum) in total.iter_mut().zip(&part[first..first + BLOCK]) {
+                        *total += sum;
+                    }
+                }
+                tile.set_outputs(lane, tap, total);
             }
         }
+        // SAFETY: `dw` is a weight of the shape; each task writes the tile of its blocks.
+        unsafe { tile.write(dw, out_block, in_block) };
     });
 }
 

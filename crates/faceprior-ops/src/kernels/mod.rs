@@ -15,6 +15,7 @@ pub(crate) mod resample;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod tile;
+pub(crate) mod weights;
 pub(crate) mod winograd;
 
 pub(crate) use lanes::Isa;

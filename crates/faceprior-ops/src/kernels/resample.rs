@@ -160,30 +160,149 @@ impl Kernel for Plane<'_> {
     }
 }
 
-/// Keeps every `stride`-th pixel of every `stride`-th row.
+/// Keeps every `stride`-th pixel of every `stride`-th row of planes of `h`×`w` pixels.
 pub(crate) fn subsample(x: &[f32], h: usize, w: usize, stride: usize) -> Buffer {
     let (rows, columns) = (h.div_ceil(stride), w.div_ceil(stride));
-    let planes = x.len() / (h * w * BLOCK);
-    let mut y = Buffer::take(planes * rows * columns * BLOCK);
-    for (plane, y) in y.chunks_exact_mut(rows * columns * BLOCK).enumerate() {
+    let (from, to) = (h * w * BLOCK, rows * columns * BLOCK);
+    let planes = x.len() / from;
+    let mut y = Buffer::take(planes * to);
+    let shared = Shared::new(&mut y);
+    parallel(planes, |plane| {
+        // SAFETY: each task writes the plane of its index.
+        let y = unsafe { std::slice::from_raw_parts_mut(shared.at(plane * to), to) };
+        let x = &x[plane * from..(plane + 1) * from];
         for (pixel, y) in y.chunks_exact_mut(BLOCK).enumerate() {
-            let from = (plane * h + pixel / columns * stride) * w + pixel % columns * stride;
-            y.copy_from_slice(&x[from * BLOCK..][..BLOCK]);
+            let pixel = (pixel / columns * w + pixel % columns) * stride;
+            y.copy_from_slice(&x[pixel * BLOCK..(pixel + 1) * BLOCK]);
         }
-    }
+    });
     y
 }
 
 /// The transpose of [`subsample`]: zeros where pixels were dropped.
 pub(crate) fn subsample_transposed(dy: &[f32], h: usize, w: usize, stride: usize) -> Buffer {
     let (rows, columns) = (h.div_ceil(stride), w.div_ceil(stride));
-    let planes = dy.len() / (rows * columns * BLOCK);
-    let mut dx = Buffer::zeroed(planes * h * w * BLOCK);
-    for (plane, dy) in dy.chunks_exact(rows * columns * BLOCK).enumerate() {
-        for (pixel, dy) in dy.chunks_exact(BLOCK).enumerate() {
-            let to = (plane * h + pixel / columns * stride) * w + pixel % columns * stride;
-            dx[to * BLOCK..][..BLOCK].copy_from_slice(dy);
+    let (from, to) = (rows * columns * BLOCK, h * w * BLOCK);
+    let planes = dy.len() / from;
+    let mut dx = Buffer::take(planes * to);
+    let shared = Shared::new(&mut dx);
+    parallel(planes, |plane| {
+        // SAFETY: each task writes the plane of its index.
+        let dx = unsafe { std::slice::from_raw_parts_mut(shared.at(plane * to), to) };
+        dx.fill(0.0);
+        for (pixel, dy) in dy[plane * from..(plane + 1) * from]
+            .chunks_exact(BLOCK)
+            .enumerate()
+        {
+            let pixel = (pixel / columns * w + pixel % columns) * stride;
+            dx[pixel * BLOCK..(pixel + 1) * BLOCK].copy_from_slice(dy);
+        }
+    });
+    dx
+}
+
+/// Windows of a maximum over planes of `h`×`w` pixels; the last may hang over the border.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Windows {
+    pub(crate) h: usize,
+    pub(crate) w: usize,
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    pub(crate) kernel: usize,
+    pub(crate) stride: usize,
+}
+
+impl Windows {
+    /// Offsets of the pixels of a window, row by row.
+    fn pixels(self, window: usize) -> impl Iterator<Item = usize> {
+        let (top, left) = (
+            window / self.columns * self.stride,
+            window % self.columns * self.stride,
+        );
+        let (bottom, right) = (self.h.min(top + self.kernel), self.w.min(left + self.kernel));
+        (top..bottom).flat_map(move |y| (left..right).map(move |x| (y * self.w + x) * BLOCK))
+    }
+}
+
+/// The maximum of each window.
+pub(crate) fn max_pool(isa: Isa, x: &[f32], windows: Windows) -> Buffer {
+    let (from, to) = (
+        windows.h * windows.w * BLOCK,
+        windows.rows * windows.columns * BLOCK,
+    );
+    let planes = x.len() / from;
+    let mut y = Buffer::take(planes * to);
+    let shared = Shared::new(&mut y);
+    parallel(planes, |plane| {
+        isa.run(MaxPool {
+            x: &x[plane * from..(plane + 1) * from],
+            y: shared,
+            start: plane * to,
+            windows,
+        });
+    });
+    y
+}
+
+struct MaxPool<'a> {
+    x: &'a [f32],
+    y: Shared,
+    start: usize,
+    windows: Windows,
+}
+
+impl Kernel for MaxPool<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self { x, y, start, windows } = self;
+        for window in 0..windows.rows * windows.columns {
+            // SAFETY: the caller promises the instructions; pixels of windows lie inside the plane; tasks have planes
+            // of their own.
+            unsafe {
+                let max = windows
+                    .pixels(window)
+                    .fold(L::splat(f32::NEG_INFINITY), |max, pixel| {
+                        L::load(x.as_ptr().wrapping_add(pixel)).max(max)
+                    });
+                max.store(y.at(start + window * BLOCK));
+            }
         }
     }
+}
+
+/// Hands the gradient of each window to its first maximum.
+pub(crate) fn max_pool_gradient(x: &[f32], dy: &[f32], windows: Windows) -> Buffer {
+    let (from, to) = (
+        windows.h * windows.w * BLOCK,
+        windows.rows * windows.columns * BLOCK,
+    );
+    let planes = x.len() / from;
+    let mut dx = Buffer::take(x.len());
+    let shared = Shared::new(&mut dx);
+    parallel(planes, |plane| {
+        // SAFETY: each task writes the plane of its index.
+        let dx = unsafe { std::slice::from_raw_parts_mut(shared.at(plane * from), from) };
+        dx.fill(0.0);
+        let (x, dy) = (
+            &x[plane * from..(plane + 1) * from],
+            &dy[plane * to..(plane + 1) * to],
+        );
+        for (window, dy) in dy.chunks_exact(BLOCK).enumerate() {
+            for (lane, dy) in dy.iter().enumerate() {
+                let mut first = f32::NEG_INFINITY;
+                let mut winner = None;
+                for pixel in windows.pixels(window) {
+                    if winner.is_none() || x[pixel + lane] > first {
+                        (first, winner) = (x[pixel + lane], Some(pixel));
+                    }
+                }
+                if let Some(pixel) = winner {
+                    dx[pixel + lane] += dy;
+                }
+            }
+        }
+    });
     dx
 }

@@ -10,6 +10,7 @@
 
 use super::lanes::{Isa, Kernel, Lanes};
 use super::tile::{Runs, Strides, multiply};
+use super::weights::{Columns, WeightShape, WeightTile};
 use super::{BLOCK, Shared, parallel};
 use crate::pool::Buffer;
 
@@ -57,6 +58,14 @@ impl Shape {
         self.h * self.w * BLOCK
     }
 
+    fn weight(self) -> WeightShape {
+        WeightShape {
+            outputs: self.o,
+            inputs: self.i,
+            taps: 9,
+        }
+    }
+
     /// Picture, top row and left column of a tile's outputs.
     fn tile(self, index: usize) -> (usize, usize, usize) {
         let (high, wide) = (self.tiles_high(), self.tiles_wide());
@@ -70,26 +79,25 @@ impl Shape {
 
 /// The convolution of `x` `[N, ⌈I/16⌉, H, W, 16]` with `weight` `[O, I, 3, 3]` into `y` `[N, ⌈O/16⌉, H, W, 16]`.
 pub(crate) fn forward(isa: Isa, shape: Shape, x: &[f32], weight: &[f32], y: &mut [f32]) {
-    let taps = Taps {
-        weight,
-        outputs: shape.o,
-        inputs: shape.i,
-        output_stride: shape.i * 9,
-        input_stride: 9,
-        flip: false,
-    };
-    convolve(isa, shape, taps, x, y);
+    convolve(
+        isa,
+        shape,
+        Taps {
+            weight,
+            shape: shape.weight(),
+            columns: Columns::Outputs,
+        },
+        x,
+        y,
+    );
 }
 
-/// The gradient of the input, `dx`, from the gradient of the output, `dy`.
+/// The gradient of the input, `dx`, from the gradient of the output, `dy`: a convolution with the flipped kernel.
 pub(crate) fn data_gradient(isa: Isa, shape: Shape, dy: &[f32], weight: &[f32], dx: &mut [f32]) {
     let taps = Taps {
         weight,
-        outputs: shape.i,
-        inputs: shape.o,
-        output_stride: 9,
-        input_stride: shape.i * 9,
-        flip: true,
+        shape: shape.weight(),
+        columns: Columns::Inputs,
     };
     convolve(
         isa,
@@ -104,33 +112,12 @@ pub(crate) fn data_gradient(isa: Isa, shape: Shape, dy: &[f32], weight: &[f32], 
     );
 }
 
-/// Nine taps for each pair of an output and an input channel, wherever they lie in the weight.
+/// A weight, and the side of it that is the convolution's output.
 #[derive(Clone, Copy)]
 struct Taps<'a> {
     weight: &'a [f32],
-    outputs: usize,
-    inputs: usize,
-    output_stride: usize,
-    input_stride: usize,
-    flip: bool,
-}
-
-impl Taps<'_> {
-    /// The nine taps of sixteen neighbouring outputs; zeros beyond the last channel.
-    #[inline(always)]
-    fn lanes(&self, first_output: usize, input: usize) -> [[f32; BLOCK]; 9] {
-        let mut lanes = [[0.0; BLOCK]; 9];
-        if input < self.inputs {
-            for lane in 0..BLOCK.min(self.outputs - first_output) {
-                let start = (first_output + lane) * self.output_stride + input * self.input_stride;
-                let taps: &[f32; 9] = self.weight[start..start + 9].try_into().expect("nine taps");
-                for tap in 0..9 {
-                    lanes[tap][lane] = if self.flip { taps[8 - tap] } else { taps[tap] };
-                }
-            }
-        }
-        lanes
-    }
+    shape: WeightShape,
+    columns: Columns,
 }
 
 fn convolve(isa: Isa, shape: Shape, taps: Taps, x: &[f32], y: &mut [f32]) {
@@ -178,9 +165,10 @@ const CHUNK_FLOATS: usize = 128 << 10;
 const MIN_CHUNK_TILES: usize = 30;
 const MAX_CHUNK_TILES: usize = 60;
 
-/// `G g Gᵀ` for all pairs of channels, as `[group of output blocks][⌈I/16⌉][36][16][blocks·16]`.
+/// `G g Gᵀ` for all pairs of channels, as `[group of output blocks][36][I][blocks·16]`.
 fn transform_weight(isa: Isa, taps: Taps) -> Buffer {
-    let (in_blocks, out_blocks) = (taps.inputs.div_ceil(BLOCK), taps.outputs.div_ceil(BLOCK));
+    let (outputs, inputs) = taps.columns.sides(taps.shape);
+    let (in_blocks, out_blocks) = (inputs.div_ceil(BLOCK), outputs.div_ceil(BLOCK));
     let mut transformed = Buffer::take(POINTS * in_blocks * out_blocks * BLOCK * BLOCK);
     let to = Shared::new(&mut transformed);
     let groups = out_blocks.div_ceil(isa.tile_blocks());
@@ -195,6 +183,7 @@ fn transform_weight(isa: Isa, taps: Taps) -> Buffer {
     transformed
 }
 
+/// The transformed taps of a group of output blocks and one input block.
 struct WeightBlock<'a> {
     taps: Taps<'a>,
     to: Shared,
@@ -208,32 +197,44 @@ impl Kernel for WeightBlock<'_> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
-            taps,
+            taps: Taps {
+                weight,
+                shape,
+                columns,
+            },
             to,
             group,
             in_block,
         } = self;
-        let (in_blocks, out_blocks) = (taps.inputs.div_ceil(BLOCK), taps.outputs.div_ceil(BLOCK));
+        let (outputs, inputs) = columns.sides(shape);
+        let (out_blocks, inputs) = (outputs.div_ceil(BLOCK), inputs.next_multiple_of(BLOCK));
         let first_block = group * L::TILE_BLOCKS;
         let blocks = L::TILE_BLOCKS.min(out_blocks - first_block);
         let width = blocks * BLOCK;
-        let start = POINTS * BLOCK * (first_block * BLOCK * in_blocks + in_block * width);
-        for (lane, block) in (0..BLOCK).flat_map(|lane| (0..blocks).map(move |block| (lane, block))) {
-            let g = taps.lanes((first_block + block) * BLOCK, in_block * BLOCK + lane);
-            let to = to.at(start + lane * width + block * BLOCK);
-            // SAFETY: the caller promises the instructions. This task alone writes the columns of its group in the
-            // rows of its input block, which lie inside the buffer by its size.
-            unsafe {
-                let mut half = [[L::zero(); 3]; EDGE];
-                for column in 0..3 {
-                    let g = [g[column], g[3 + column], g[6 + column]].map(|lanes| L::load(lanes.as_ptr()));
-                    for (row, value) in kernel_to_points(g).into_iter().enumerate() {
-                        half[row][column] = value;
+        let start = POINTS * inputs * first_block * BLOCK + in_block * BLOCK * width;
+        let mut tile = WeightTile::new(shape);
+        for block in 0..blocks {
+            columns.read(&mut tile, weight, first_block + block, in_block);
+            for lane in 0..BLOCK {
+                let to = to.at(start + lane * width + block * BLOCK);
+                // SAFETY: the caller promises the instructions. This task alone writes the columns of its group in
+                // the rows of its input block, which lie inside the buffer by its size.
+                unsafe {
+                    let mut half = [[L::zero(); 3]; EDGE];
+                    for column in 0..3 {
+                        let g = std::array::from_fn(|row| {
+                            let tap = row * 3 + column;
+                            let tap = if columns == Columns::Inputs { 8 - tap } else { tap };
+                            L::load(columns.row(&tile, lane, tap).as_ptr())
+                        });
+                        for (row, value) in kernel_to_points(g).into_iter().enumerate() {
+                            half[row][column] = value;
+                        }
                     }
-                }
-                for (row, half) in half.into_iter().enumerate() {
-                    for (column, value) in kernel_to_points(half).into_iter().enumerate() {
-                        value.store(to.wrapping_add((row * EDGE + column) * BLOCK * width));
+                    for (row, half) in half.into_iter().enumerate() {
+                        for (column, value) in kernel_to_points(half).into_iter().enumerate() {
+                            value.store(to.wrapping_add((row * EDGE + column) * inputs * width));
+                        }
                     }
                 }
             }
@@ -302,17 +303,14 @@ impl Kernel for Chunk<'_> {
                     c_row: width,
                     c_block: BLOCK,
                 };
-                let blocks_of_inputs: Vec<_> = (0..in_blocks)
-                    .map(|block| (block * BLOCK, block * POINTS * BLOCK * width))
-                    .collect();
                 let runs = Runs {
-                    offsets: &blocks_of_inputs,
-                    length: BLOCK,
+                    offsets: &[(0, 0)],
+                    length: inputs,
                 };
                 for point in 0..POINTS {
                     let (a, b) = (
                         v.wrapping_add(point * v_point),
-                        weight.wrapping_add(point * BLOCK * width),
+                        weight.wrapping_add(point * inputs * width),
                     );
                     multiply::<L>(
                         tiles,
@@ -925,37 +923,37 @@ impl Kernel for GradientBlock<'_> {
         } = self;
         let out_blocks = shape.o.div_ceil(BLOCK);
         let (columns, pairs) = (out_blocks * BLOCK, size / POINTS);
-        let inputs = in_block * BLOCK..shape.i.min((in_block + 1) * BLOCK);
-        let blocks = group * L::TILE_BLOCKS..out_blocks.min((group + 1) * L::TILE_BLOCKS);
-        for (input, block) in inputs.flat_map(|input| blocks.clone().map(move |block| (input, block))) {
-            let first_output = block * BLOCK;
-            // SAFETY: the caller promises the instructions; `sums` holds `parts` times `size` floats; this task alone
-            // writes the taps of its channels.
-            unsafe {
-                let first = sums.as_ptr().wrapping_add(input * columns + first_output);
-                let mut half = [[L::zero(); EDGE]; 3];
-                for column in 0..EDGE {
-                    let s = std::array::from_fn(|row| {
-                        let at = first.wrapping_add((row * EDGE + column) * pairs);
-                        (1..parts).fold(L::load(at), |sum, part| {
-                            sum.add(L::load(at.wrapping_add(part * size)))
-                        })
-                    });
-                    for (row, value) in points_to_kernel(s).into_iter().enumerate() {
-                        half[row][column] = value;
+        let mut tile = WeightTile::new(shape.weight());
+        for block in group * L::TILE_BLOCKS..out_blocks.min((group + 1) * L::TILE_BLOCKS) {
+            for lane in 0..BLOCK {
+                let first = sums
+                    .as_ptr()
+                    .wrapping_add((in_block * BLOCK + lane) * columns + block * BLOCK);
+                // SAFETY: the caller promises the instructions; `sums` holds `parts` times `size` floats.
+                unsafe {
+                    let mut half = [[L::zero(); EDGE]; 3];
+                    for column in 0..EDGE {
+                        let s = std::array::from_fn(|row| {
+                            let at = first.wrapping_add((row * EDGE + column) * pairs);
+                            (1..parts).fold(L::load(at), |sum, part| {
+                                sum.add(L::load(at.wrapping_add(part * size)))
+                            })
+                        });
+                        for (row, value) in points_to_kernel(s).into_iter().enumerate() {
+                            half[row][column] = value;
+                        }
                     }
-                }
-                let mut taps = [[0.0; BLOCK]; 9];
-                for (row, half) in half.into_iter().enumerate() {
-                    for (column, value) in points_to_kernel(half).into_iter().enumerate() {
-                        value.store(taps[row * 3 + column].as_mut_ptr());
+                    for (row, half) in half.into_iter().enumerate() {
+                        for (column, value) in points_to_kernel(half).into_iter().enumerate() {
+                            let mut lanes = [0.0; BLOCK];
+                            value.store(lanes.as_mut_ptr());
+                            tile.set_outputs(lane, row * 3 + column, lanes);
+                        }
                     }
-                }
-                for lane in 0..BLOCK.min(shape.o - first_output) {
-                    let to = dw.at(((first_output + lane) * shape.i + input) * 9);
-                    to.cast::<[f32; 9]>().write(taps.map(|tap| tap[lane]));
                 }
             }
+            // SAFETY: `dw` is a weight of the shape; this task alone writes the tiles of its blocks.
+            unsafe { tile.write(dw, block, in_block) };
         }
     }
 }
