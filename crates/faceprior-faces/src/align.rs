@@ -547,7 +547,11 @@ impl Worker<'_> {
             (CropFormat::Jpeg { quality }, Encoding::Jpeg { .. }) => Encoding::Jpeg { quality },
             (_, by_name) => by_name,
         };
-        write_atomically(&self.out.join(path), &crop.encode(encoding)?, Durability::Renamed)?;
+        let bytes = crop.encode(encoding)?;
+        write_atomically(&self.out.join(path), &bytes, Durability::Renamed).map_err(|error| match error {
+            DataError::Io { action, path, source } => FacesError::Output { action, path, source },
+            other => other.into(),
+        })?;
         Ok(escape(path))
     }
 

@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::{self, BufRead, BufReader, BufWriter, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -79,14 +79,20 @@ struct Lines {
 
 impl Lines {
     fn open(path: &Path) -> Result<Self, FacesError> {
-        let file = File::open(path).map_err(|source| output("read", path, source))?;
-        Ok(Self {
+        Ok(Self::of(
+            path,
+            File::open(path).map_err(|source| output("read", path, source))?,
+        ))
+    }
+
+    fn of(path: &Path, file: File) -> Self {
+        Self {
             path: path.to_owned(),
             reader: BufReader::new(file),
             number: 0,
             end: 0,
             buffer: Vec::new(),
-        })
+        }
     }
 }
 
@@ -174,7 +180,9 @@ impl Journal {
         let path = out.join(format!("faces{part}.jsonl"));
         let file = OpenOptions::new()
             .create(true)
-            .append(true)
+            .read(true)
+            .write(true)
+            .truncate(false)
             .open(&path)
             .map_err(|source| output("write", &path, source))?;
         match file.try_lock() {
@@ -198,7 +206,12 @@ impl Journal {
             unreadable: TextList::create(out.join(format!("unreadable{part}.txt")))?,
             path,
         };
-        for line in Lines::open(&journal.path)? {
+        // Through the same handle: where locks are mandatory, no other may read.
+        let handle = journal
+            .file
+            .try_clone()
+            .map_err(|source| output("read", &journal.path, source))?;
+        for line in Lines::of(&journal.path, handle) {
             let Line { record, end } = line?;
             journal.len = end;
             journal.done.insert(key(&record.picture));
@@ -294,9 +307,13 @@ impl Journal {
         Ok(())
     }
 
-    fn truncate(&self) -> Result<(), FacesError> {
-        self.file
+    /// Drops what is behind the last whole line, and goes on writing there.
+    fn truncate(&mut self) -> Result<(), FacesError> {
+        let cut = self
+            .file
             .set_len(self.len)
+            .and_then(|()| self.file.seek(SeekFrom::Start(self.len)));
+        cut.map(drop)
             .map_err(|source| output("write", &self.path, source))
     }
 }

@@ -289,8 +289,7 @@ fn threads_do_not_change_a_byte() {
     };
     let alone = with(1);
     assert!(alone.len() > 6);
-    assert_eq!(with(2), alone);
-    assert_eq!(with(3), alone);
+    assert!(with(2) == alone && with(3) == alone);
 }
 
 #[test]
@@ -342,7 +341,8 @@ fn an_interrupted_run_goes_on_and_ends_the_same() {
         contents.remove(Path::new("summary.json"));
         contents
     };
-    assert_eq!(clean(out.path()), clean(whole.path()));
+    let (found, expected) = (clean(out.path()), clean(whole.path()));
+    assert!(found == expected, "{:?} {:?}", found.keys(), expected.keys());
 
     // Nothing left to do, then one picture more.
     let summary = run(input.path(), out.path(), &options).unwrap();
