@@ -148,6 +148,11 @@ pub struct Shard {
 }
 
 impl Shard {
+    /// What sets the names of a part's own files apart.
+    pub(crate) fn suffix(shard: Option<Self>) -> String {
+        shard.map_or_else(String::new, |shard| format!("-{}-of-{}", shard.part, shard.parts))
+    }
+
     /// Whether a picture belongs to this part: by its name alone, so that added pictures move no other.
     fn has(&self, picture: &str) -> bool {
         let fnv = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
@@ -344,9 +349,7 @@ pub fn align(
         seconds: started.elapsed().as_secs_f64(),
         stopped: before + now < total,
     };
-    let part = options
-        .shard
-        .map_or_else(String::new, |shard| format!("-{}-of-{}", shard.part, shard.parts));
+    let part = Shard::suffix(options.shard);
     let text = serde_json::to_string_pretty(&summary).unwrap_or_default() + "\n";
     write_atomically(
         &out.join(format!("summary{part}.json")),

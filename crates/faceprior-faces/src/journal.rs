@@ -176,7 +176,7 @@ impl Journal {
         shard: Option<Shard>,
     ) -> Result<Self, FacesError> {
         fs::create_dir_all(out).map_err(|source| output("make folder", out, source))?;
-        let part = shard.map_or_else(String::new, |shard| format!("-{}-of-{}", shard.part, shard.parts));
+        let part = Shard::suffix(shard);
         let path = out.join(format!("faces{part}.jsonl"));
         let file = OpenOptions::new()
             .create(true)

@@ -500,7 +500,7 @@ impl Component {
         if v == 1 {
             match h {
                 1 => out[..near.len()].copy_from_slice(near),
-                _ if near.len() > 2 => widen(near, |sample| i32::from(sample), 2, [1, 2], out),
+                _ if near.len() > 2 => widen(near, i32::from, 2, [1, 2], out),
                 _ => repeat(near, out),
             }
             return;
@@ -509,7 +509,7 @@ impl Component {
             return repeat(near, out);
         }
         // The neighbour on the side where this half of the sample's square lies; the edge repeats itself.
-        let far = if y % 2 == 0 {
+        let far = if y.is_multiple_of(2) {
             (y / 2).saturating_sub(1)
         } else {
             (y / 2 + 1).min(self.height - 1)
@@ -518,7 +518,7 @@ impl Component {
             *sum = 3 * i32::from(near) + i32::from(far);
         }
         if h == 1 {
-            let bias = if y % 2 == 0 { 1 } else { 2 };
+            let bias = if y.is_multiple_of(2) { 1 } else { 2 };
             for (out, sum) in out.iter_mut().zip(sums) {
                 *out = ((*sum + bias) >> 2) as u8;
             }

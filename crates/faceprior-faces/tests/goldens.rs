@@ -3,8 +3,11 @@
 //! `goldens/mtcnn` holds the one photograph that may be shipped; the other ten are found only where the shared data
 //! are, and are compared by the ignored tests.
 
+#![allow(clippy::print_stdout)]
+
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Device;
 use faceprior_data::{DecodeLimits, Image};
 use faceprior_faces::{
     Affine, Detector, DetectorConfig, Face, Landmarks, read_image, similarity, template, warp,
@@ -116,6 +119,24 @@ fn detects_as_the_reference() {
     let tally = detect_all(&shipped(), &golden, |config| Detector::new(config).unwrap());
     println!("{tally:?}");
     assert_eq!((tally.faces, tally.matched), (3, 3));
+    assert!(
+        tally.boxes < 2e-3 && tally.landmarks < 2e-3 && tally.scores < 1e-5,
+        "{tally:?}"
+    );
+}
+
+#[test]
+fn the_networks_on_a_device_find_the_same_faces() {
+    let golden = read_json(&shipped().join("detections.json"));
+    let image = Image::read(shipped().join("astronaut.png")).unwrap();
+    let detector = Detector::on_device(DetectorConfig::seed(), &Device::flex()).unwrap();
+    let mut tally = Tally::default();
+    tally.compare(
+        "astronaut.png seed",
+        &detector.detect(&image),
+        &golden["astronaut.png"]["seed"],
+    );
+    assert_eq!((tally.faces, tally.matched), (1, 1));
     assert!(
         tally.boxes < 2e-3 && tally.landmarks < 2e-3 && tally.scores < 1e-5,
         "{tally:?}"
