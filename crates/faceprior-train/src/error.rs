@@ -24,7 +24,7 @@ pub enum TrainError {
     #[error(transparent)]
     Eval(#[from] EvalError),
     /// The operating system refused.
-    #[error("cannot {action} {path:?}: {source}")]
+    #[error("cannot {action} {path:?}: {source}{}", cure(source))]
     Io {
         /// What was tried.
         action: &'static str,
@@ -71,12 +71,12 @@ pub enum TrainError {
         changes: Vec<String>,
     },
     /// A checkpoint could not be written. The ones before it are untouched.
-    #[error("cannot write checkpoint {path:?}: {source}\nhint: {hint}")]
+    #[error("cannot write checkpoint {path:?}: {cause}\nhint: {hint}")]
     CheckpointWrite {
         /// The checkpoint's folder.
         path: PathBuf,
-        /// The cause.
-        source: Box<TrainError>,
+        /// What was tried in it, and the system's answer.
+        cause: String,
         /// What is still good, and what to do.
         hint: String,
     },
@@ -141,15 +141,30 @@ impl TrainError {
 
     /// Whether the disk, or the user's share of it, is full.
     pub(crate) fn is_disk_full(&self) -> bool {
-        let full = |source: &io::Error| {
-            matches!(
-                source.kind(),
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-            )
-        };
         match self {
-            Self::Io { source, .. } | Self::Weights(WeightsError::Io { source, .. }) => full(source),
+            Self::Io { source, .. } | Self::Weights(WeightsError::Io { source, .. }) => is_full(source),
             _ => false,
         }
+    }
+}
+
+/// Without a hint: for a message that gives its own.
+pub(crate) fn without_hint(error: &TrainError) -> String {
+    let text = error.to_string();
+    text.split("\nhint:").next().unwrap_or_default().to_owned()
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
+
+fn cure(error: &io::Error) -> &'static str {
+    if is_full(error) {
+        "\nhint: the disk is full: free some space, then start the same command to resume"
+    } else {
+        ""
     }
 }
