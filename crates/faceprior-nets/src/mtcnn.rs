@@ -301,7 +301,7 @@ mod tests {
             (outputs.offsets.dims(), outputs.landmarks.dims()),
             ([2, 4], [2, 10])
         );
-        let probability: Vec<f32> = outputs.probability.into_data().to_vec().unwrap();
+        let probability: Vec<f32> = outputs.probability.into_data().iter::<f32>().collect();
         assert!(probability.iter().all(|p| (0.0..=1.0).contains(p)));
     }
 
@@ -313,8 +313,8 @@ mod tests {
         let x = Tensor::<4>::from_data(TensorData::new(values.to_vec(), [1, 2, 2, 3]), &device);
         let flat: Vec<f32> = flatten_whc(FeatureMap::from_nchw(x))
             .into_data()
-            .to_vec()
-            .unwrap();
+            .iter::<f32>()
+            .collect();
         assert_eq!(
             flat,
             [0., 100., 10., 110., 1., 101., 11., 111., 2., 102., 12., 112.]
