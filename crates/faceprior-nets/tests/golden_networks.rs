@@ -1,8 +1,11 @@
 //! Recognisers and encoder against the reference's numbers in single precision.
 //!
-//! Outputs agree to 1e-4 and gradient norms to 1e-3, except that two of these nets need 3e-3: of their millions of
-//! PReLU inputs some lie within rounding of zero, where the slope jumps, and the smallest gradients (the SE gates of
-//! the first units) feel it. `golden_double.rs` shows that nothing but rounding is behind it.
+//! Outputs agree to 1e-4 and gradient norms to 1e-3, with two exceptions. Of the millions of PReLU inputs some lie
+//! so near to zero that rounding decides on which side, and the slope jumps there. Two kinds of numbers are few or
+//! local enough to show single jumps: the gradients of the first squeeze-and-excitation gates, and those of single
+//! pixels. Measured in double precision, where the networks agree with every golden to 6e-8: moving the input by 6e-6
+//! of itself, which moves the embedding by 3e-6 (what single precision leaves), moves the gates' gradients by 3e-3 and
+//! single pixels' by 6e-4; 1e-5 moves them by up to 2e-2 and 4e-3.
 
 mod golden;
 
@@ -13,21 +16,19 @@ use golden::networks::{self, Tolerance};
 const TOLERANCE: Tolerance = Tolerance {
     output: 1e-4,
     gradient: 1e-3,
+    gates: 1e-2,
+    pixels: 5e-3,
     floor: 1e-9,
-};
-const ROUNDING: Tolerance = Tolerance {
-    gradient: 3e-3,
-    ..TOLERANCE
 };
 /// Biases just before a normalisation by the batch have no gradient but rounding.
 const TRAINING: Tolerance = Tolerance {
     floor: 1e-4,
-    ..ROUNDING
+    ..TOLERANCE
 };
 
 #[test]
 fn recognizer_34_from_encoder() {
-    networks::recognizer_from_encoder("restyle34", Depth::D34, &Device::flex(), ROUNDING);
+    networks::recognizer_from_encoder("restyle34", Depth::D34, &Device::flex(), TOLERANCE);
 }
 
 #[test]
@@ -65,8 +66,8 @@ mod vulkan {
     #[ignore = "needs a Vulkan device; run by cargo xtask check --full"]
     fn recognizers_and_encoder() {
         let device = Device::vulkan(DeviceKind::DefaultDevice);
-        networks::recognizer_from_encoder("restyle34", Depth::D34, &device, ROUNDING);
+        networks::recognizer_from_encoder("restyle34", Depth::D34, &device, TOLERANCE);
         networks::recognizer_34_in_training(&device, TRAINING);
-        networks::backbone_encoder_34(&device, ROUNDING);
+        networks::backbone_encoder_34(&device, TOLERANCE);
     }
 }

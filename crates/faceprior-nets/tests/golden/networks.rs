@@ -14,6 +14,10 @@ use super::{assert_close, assert_gradient_norms, names, read};
 pub(crate) struct Tolerance {
     pub(crate) output: f32,
     pub(crate) gradient: f64,
+    /// For the weights of squeeze-and-excitation gates.
+    pub(crate) gates: f64,
+    /// For single pixels of the input's gradient, relative to the largest.
+    pub(crate) pixels: f32,
     /// Norms are compared relative to themselves, or to this part of the largest where that is more.
     pub(crate) floor: f64,
 }
@@ -59,7 +63,7 @@ pub(crate) fn recognizer_from_encoder(net: &str, depth: Depth, device: &Device, 
         corner,
         &golden,
         &format!("{net}.grad_input_corner"),
-        close,
+        tolerance.pixels,
     );
 }
 
