@@ -886,74 +886,189 @@ impl<'a> Bits<'a> {
 /// Inverse transform of a block into eight rows of samples.
 fn transform(block: &Block, quantiser: &[u16; 64], to: &mut [u8], stride: usize) {
     #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2")]
-        fn wide(block: &Block, quantiser: &[u16; 64], to: &mut [u8], stride: usize) {
-            transform_lanes(block, quantiser, to, stride);
-        }
-        if std::arch::is_x86_feature_detected!("avx2") {
-            // SAFETY: the machine has the instructions.
-            return unsafe { wide(block, quantiser, to, stride) };
-        }
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the machine has the instructions.
+        return unsafe { avx2::transform(block, quantiser, to, stride) };
     }
-    transform_lanes(block, quantiser, to, stride);
+    transform_arrays(block, quantiser, to, stride);
 }
 
-/// Eight columns side by side.
-type Lanes = [i32; 8];
-
-#[inline(always)]
-fn transform_lanes(block: &Block, quantiser: &[u16; 64], to: &mut [u8], stride: usize) {
-    let mut rows: [Lanes; 8] = std::array::from_fn(|y| {
+fn transform_arrays(block: &Block, quantiser: &[u16; 64], to: &mut [u8], stride: usize) {
+    let mut rows: [[i32; 8]; 8] = std::array::from_fn(|y| {
         std::array::from_fn(|x| i32::from(block[y * 8 + x]).wrapping_mul(i32::from(quantiser[y * 8 + x])))
     });
-    // Columns with two bits more, then rows: 13 bits of the factors, 2 of the first pass, 3 of the transform's scale.
-    pass::<11>(&mut rows);
+    pass::<_, FIRST>(&mut rows);
     rows = std::array::from_fn(|y| std::array::from_fn(|x| rows[x][y]));
-    pass::<18>(&mut rows);
-    for y in 0..8 {
-        let out = &mut to[y * stride..][..8];
-        for x in 0..8 {
-            out[x] = rows[x][y].wrapping_add(128).clamp(0, 255) as u8;
+    pass::<_, SECOND>(&mut rows);
+    for (y, out) in to.chunks_mut(stride).take(8).enumerate() {
+        for (x, out) in out[..8].iter_mut().enumerate() {
+            *out = rows[x][y].wrapping_add(128).clamp(0, 255) as u8;
         }
+    }
+}
+
+/// What the pass over columns drops of the 13 bits of its factors: it keeps two more.
+const FIRST: i32 = 13 - 2;
+/// What the pass over rows drops: its factors' bits, the two, and three for the scale of both passes.
+const SECOND: i32 = 13 + 2 + 3;
+
+/// Eight numbers side by side.
+trait Lanes: Copy {
+    fn plus(self, other: Self) -> Self;
+    fn minus(self, other: Self) -> Self;
+    fn times(self, factor: i32) -> Self;
+    /// Without the lowest `SHIFT` bits, rounded.
+    fn round<const SHIFT: i32>(self) -> Self;
+}
+
+impl Lanes for [i32; 8] {
+    #[inline(always)]
+    fn plus(self, other: Self) -> Self {
+        std::array::from_fn(|i| self[i].wrapping_add(other[i]))
+    }
+
+    #[inline(always)]
+    fn minus(self, other: Self) -> Self {
+        std::array::from_fn(|i| self[i].wrapping_sub(other[i]))
+    }
+
+    #[inline(always)]
+    fn times(self, factor: i32) -> Self {
+        self.map(|x| x.wrapping_mul(factor))
+    }
+
+    #[inline(always)]
+    fn round<const SHIFT: i32>(self) -> Self {
+        self.map(|x| x.wrapping_add(1 << (SHIFT - 1)) >> SHIFT)
     }
 }
 
 /// The one-dimensional transform of Loeffler, Ligtenberg and Moschytz (1989), as `jidctint.c` rounds it.
 #[inline(always)]
-fn pass<const SHIFT: u32>(rows: &mut [Lanes; 8]) {
-    let add = |a: Lanes, b: Lanes| -> Lanes { std::array::from_fn(|i| a[i].wrapping_add(b[i])) };
-    let sub = |a: Lanes, b: Lanes| -> Lanes { std::array::from_fn(|i| a[i].wrapping_sub(b[i])) };
-    let times = |a: Lanes, factor: i32| -> Lanes { std::array::from_fn(|i| a[i].wrapping_mul(factor)) };
-    let round = |a: Lanes| -> Lanes { std::array::from_fn(|i| a[i].wrapping_add(1 << (SHIFT - 1)) >> SHIFT) };
+fn pass<L: Lanes, const SHIFT: i32>(rows: &mut [L; 8]) {
     let [x0, x1, x2, x3, x4, x5, x6, x7] = *rows;
 
-    let shared = times(add(x2, x6), 4433);
-    let (even2, even3) = (add(shared, times(x6, -15137)), add(shared, times(x2, 6270)));
-    let (even0, even1) = (times(add(x0, x4), 1 << 13), times(sub(x0, x4), 1 << 13));
-    let (a0, a3) = (add(even0, even3), sub(even0, even3));
-    let (a1, a2) = (add(even1, even2), sub(even1, even2));
+    let shared = x2.plus(x6).times(4433);
+    let (even2, even3) = (shared.plus(x6.times(-15137)), shared.plus(x2.times(6270)));
+    let (even0, even1) = (x0.plus(x4).times(1 << 13), x0.minus(x4).times(1 << 13));
+    let (a0, a3) = (even0.plus(even3), even0.minus(even3));
+    let (a1, a2) = (even1.plus(even2), even1.minus(even2));
 
-    let shared = times(add(add(x7, x3), add(x5, x1)), 9633);
-    let z1 = times(add(x7, x1), -7373);
-    let z2 = times(add(x5, x3), -20995);
-    let z3 = add(times(add(x7, x3), -16069), shared);
-    let z4 = add(times(add(x5, x1), -3196), shared);
-    let b0 = add(times(x7, 2446), add(z1, z3));
-    let b1 = add(times(x5, 16819), add(z2, z4));
-    let b2 = add(times(x3, 25172), add(z2, z3));
-    let b3 = add(times(x1, 12299), add(z1, z4));
+    let shared = x7.plus(x3).plus(x5.plus(x1)).times(9633);
+    let z1 = x7.plus(x1).times(-7373);
+    let z2 = x5.plus(x3).times(-20995);
+    let z3 = x7.plus(x3).times(-16069).plus(shared);
+    let z4 = x5.plus(x1).times(-3196).plus(shared);
+    let b0 = x7.times(2446).plus(z1).plus(z3);
+    let b1 = x5.times(16819).plus(z2).plus(z4);
+    let b2 = x3.times(25172).plus(z2).plus(z3);
+    let b3 = x1.times(12299).plus(z1).plus(z4);
 
     *rows = [
-        round(add(a0, b3)),
-        round(add(a1, b2)),
-        round(add(a2, b1)),
-        round(add(a3, b0)),
-        round(sub(a3, b0)),
-        round(sub(a2, b1)),
-        round(sub(a1, b2)),
-        round(sub(a0, b3)),
+        a0.plus(b3).round::<SHIFT>(),
+        a1.plus(b2).round::<SHIFT>(),
+        a2.plus(b1).round::<SHIFT>(),
+        a3.plus(b0).round::<SHIFT>(),
+        a3.minus(b0).round::<SHIFT>(),
+        a2.minus(b1).round::<SHIFT>(),
+        a1.minus(b2).round::<SHIFT>(),
+        a0.minus(b3).round::<SHIFT>(),
     ];
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::*;
+
+    use super::{Block, FIRST, Lanes, SECOND, pass};
+
+    /// Eight 32-bit numbers of a register. Made and used only inside [`transform`].
+    #[derive(Clone, Copy)]
+    struct Register(__m256i);
+
+    impl Lanes for Register {
+        #[inline(always)]
+        fn plus(self, other: Self) -> Self {
+            // SAFETY: whoever has a register has AVX2; so below.
+            Self(unsafe { _mm256_add_epi32(self.0, other.0) })
+        }
+
+        #[inline(always)]
+        fn minus(self, other: Self) -> Self {
+            // SAFETY: as above.
+            Self(unsafe { _mm256_sub_epi32(self.0, other.0) })
+        }
+
+        #[inline(always)]
+        fn times(self, factor: i32) -> Self {
+            // SAFETY: as above.
+            Self(unsafe { _mm256_mullo_epi32(self.0, _mm256_set1_epi32(factor)) })
+        }
+
+        #[inline(always)]
+        fn round<const SHIFT: i32>(self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let half = _mm256_set1_epi32(1 << (SHIFT - 1));
+                Self(_mm256_sra_epi32(
+                    _mm256_add_epi32(self.0, half),
+                    _mm_cvtsi32_si128(SHIFT),
+                ))
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn transform(block: &Block, quantiser: &[u16; 64], to: &mut [u8], stride: usize) {
+        let (coefficients, _) = block.as_chunks::<8>();
+        let (factors, _) = quantiser.as_chunks::<8>();
+        let mut rows: [Register; 8] = std::array::from_fn(|y| {
+            // SAFETY: eight numbers of 16 bits can be read at each pointer.
+            unsafe {
+                let row = _mm256_cvtepi16_epi32(_mm_loadu_si128(coefficients[y].as_ptr().cast()));
+                let factors = _mm256_cvtepu16_epi32(_mm_loadu_si128(factors[y].as_ptr().cast()));
+                Register(_mm256_mullo_epi32(row, factors))
+            }
+        });
+        pass::<_, FIRST>(&mut rows);
+        transpose(&mut rows);
+        pass::<_, SECOND>(&mut rows);
+        transpose(&mut rows);
+        for (row, out) in rows.iter().zip(to.chunks_mut(stride)) {
+            let words = _mm256_add_epi32(row.0, _mm256_set1_epi32(128));
+            let words = _mm256_packs_epi32(words, words);
+            let bytes = _mm256_packus_epi16(words, words);
+            out[..4].copy_from_slice(&_mm256_extract_epi32::<0>(bytes).to_le_bytes());
+            out[4..8].copy_from_slice(&_mm256_extract_epi32::<4>(bytes).to_le_bytes());
+        }
+    }
+
+    #[target_feature(enable = "avx2")]
+    fn transpose(rows: &mut [Register; 8]) {
+        let r = rows.map(|row| row.0);
+        let pairs = |a, b| (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+        let (a0, a1) = pairs(r[0], r[1]);
+        let (a2, a3) = pairs(r[2], r[3]);
+        let (a4, a5) = pairs(r[4], r[5]);
+        let (a6, a7) = pairs(r[6], r[7]);
+        let quads = |a, b| (_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+        let (b0, b1) = quads(a0, a2);
+        let (b2, b3) = quads(a1, a3);
+        let (b4, b5) = quads(a4, a6);
+        let (b6, b7) = quads(a5, a7);
+        let upper = |a, b| Register(_mm256_permute2x128_si256::<0x20>(a, b));
+        let lower = |a, b| Register(_mm256_permute2x128_si256::<0x31>(a, b));
+        *rows = [
+            upper(b0, b4),
+            upper(b1, b5),
+            upper(b2, b6),
+            upper(b3, b7),
+            lower(b0, b4),
+            lower(b1, b5),
+            lower(b2, b6),
+            lower(b3, b7),
+        ];
+    }
 }
 
 #[cfg(test)]
@@ -978,6 +1093,20 @@ mod tests {
             }
         }
         assert_eq!(compared, 12);
+    }
+
+    #[test]
+    fn transforms_agree() {
+        let quantiser: [u16; 64] = std::array::from_fn(|i| 1 + (i * 7 % 40) as u16);
+        for seed in 0..200i32 {
+            let block: Block = std::array::from_fn(|i| {
+                (((i as i32 * 7919 + seed * 104_729) % 201 - 100) / (1 + i as i32 / 8)) as i16
+            });
+            let (mut fast, mut plain) = ([0; 8 * 11], [0; 8 * 11]);
+            transform(&block, &quantiser, &mut fast, 11);
+            transform_arrays(&block, &quantiser, &mut plain, 11);
+            assert_eq!(fast, plain);
+        }
     }
 
     #[test]
