@@ -687,10 +687,11 @@ impl Kernel for DepthwiseTask<'_> {
                     );
                     for (oy, ox) in (0..oh).flat_map(|oy| (0..ow).map(move |ox| (oy, ox))) {
                         let from = from.wrapping_add(pixel(oy, ox));
-                        let sum = (0..g.taps()).fold(L::zero(), |sum, tap| {
-                            L::load(from.wrapping_add(offset(tap)))
-                                .mul_add(L::load(taps.as_ptr().wrapping_add(tap * BLOCK)), sum)
-                        });
+                        let mut sum = L::zero();
+                        for tap in 0..g.taps() {
+                            let weight = L::load(taps.as_ptr().wrapping_add(tap * BLOCK));
+                            sum = L::load(from.wrapping_add(offset(tap))).mul_add(weight, sum);
+                        }
                         sum.store(to.wrapping_add((oy * ow + ox) * BLOCK));
                     }
                 }

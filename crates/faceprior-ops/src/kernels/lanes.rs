@@ -70,7 +70,8 @@ pub(crate) trait Kernel {
     type Output;
 
     /// Does the work. Implementations are `#[inline(always)]`, so that they are compiled with the features of the
-    /// function that calls them.
+    /// function that calls them. They loop where elsewhere one would map: a closure is a function of its own, compiled
+    /// without those features, and is not always inlined.
     ///
     /// # Safety
     /// The processor must have the instructions of `L`.

@@ -102,17 +102,19 @@ where
         // SAFETY: the caller promises the instructions; `pointwise` has checked the lengths; tasks have planes of
         // their own.
         unsafe {
-            let constants = constants.map(|c| L::load(c.as_ptr().wrapping_add(index * BLOCK % c.len())));
-            let inputs = inputs.map(|input| input.as_ptr().wrapping_add(index * plane));
+            let mut values = [L::zero(); CONSTANTS];
+            for (value, constants) in values.iter_mut().zip(constants) {
+                *value = L::load(constants[index * BLOCK % constants.len()..].as_ptr());
+            }
             let mut total = [L::zero(); SUMS];
             for first in (0..plane).step_by(SUM_VECTORS * BLOCK) {
                 let mut sums = [L::zero(); SUMS];
                 for at in (first..plane.min(first + SUM_VECTORS * BLOCK)).step_by(BLOCK) {
-                    let y = op.apply::<L>(
-                        inputs.map(|input| L::load(input.wrapping_add(at))),
-                        constants,
-                        &mut sums,
-                    );
+                    let mut x = [L::zero(); INPUTS];
+                    for (x, input) in x.iter_mut().zip(inputs) {
+                        *x = L::load(input.as_ptr().wrapping_add(index * plane + at));
+                    }
+                    let y = op.apply::<L>(x, values, &mut sums);
                     if O::WRITES {
                         y.store(to.at(index * plane + at));
                     }

@@ -117,7 +117,10 @@ impl Kernel for Plane<'_> {
         unsafe {
             let (x, y) = (x.as_ptr(), y.at(start));
             for (row, taps) in rows.iter().enumerate() {
-                let weights = taps.map(|tap| L::splat(tap.1));
+                let mut weights = [L::zero(); 4];
+                for (weight, tap) in weights.iter_mut().zip(taps) {
+                    *weight = L::splat(tap.1);
+                }
                 let outputs = row * columns.len() * BLOCK;
                 if transposed {
                     for column in 0..w {
@@ -261,11 +264,10 @@ impl Kernel for MaxPool<'_> {
             // SAFETY: the caller promises the instructions; pixels of windows lie inside the plane; tasks have planes
             // of their own.
             unsafe {
-                let max = windows
-                    .pixels(window)
-                    .fold(L::splat(f32::NEG_INFINITY), |max, pixel| {
-                        L::load(x.as_ptr().wrapping_add(pixel)).max(max)
-                    });
+                let mut max = L::splat(f32::NEG_INFINITY);
+                for pixel in windows.pixels(window) {
+                    max = L::load(x.as_ptr().wrapping_add(pixel)).max(max);
+                }
                 max.store(y.at(start + window * BLOCK));
             }
         }

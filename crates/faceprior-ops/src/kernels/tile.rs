@@ -119,7 +119,10 @@ unsafe fn tile<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
         for &(a_offset, b_offset) in runs.offsets {
             let (mut a, mut b) = (a.wrapping_add(a_offset), b.wrapping_add(b_offset));
             for _ in 0..runs.length {
-                let columns = b_blocks.map(|block| L::load(b.wrapping_add(block)));
+                let mut columns = [L::zero(); BLOCKS];
+                for (column, block) in columns.iter_mut().zip(b_blocks) {
+                    *column = L::load(b.wrapping_add(block));
+                }
                 for (sums, row) in sums.iter_mut().zip(a_rows) {
                     let factor = L::broadcast(a.wrapping_add(row));
                     for (sum, column) in sums.iter_mut().zip(columns) {

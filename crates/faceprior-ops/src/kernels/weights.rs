@@ -73,15 +73,22 @@ impl WeightTile {
     /// One tap from sixteen outputs to one input: a row of a convolution's columns.
     #[inline(always)]
     pub(crate) fn outputs(&self, input: usize, tap: usize) -> [f32; BLOCK] {
-        let taps = self.shape.taps;
-        std::array::from_fn(|output| self.values[(output * BLOCK + input) * taps + tap])
+        self.lanes(input * self.shape.taps + tap, BLOCK * self.shape.taps)
     }
 
     /// One tap from one output to sixteen inputs: a row of a data gradient's columns.
     #[inline(always)]
     pub(crate) fn inputs(&self, output: usize, tap: usize) -> [f32; BLOCK] {
-        let taps = self.shape.taps;
-        std::array::from_fn(|input| self.values[(output * BLOCK + input) * taps + tap])
+        self.lanes(output * BLOCK * self.shape.taps + tap, self.shape.taps)
+    }
+
+    #[inline(always)]
+    fn lanes(&self, first: usize, stride: usize) -> [f32; BLOCK] {
+        let mut lanes = [0.0; BLOCK];
+        for (lane, value) in lanes.iter_mut().zip(self.values[first..].iter().step_by(stride)) {
+            *lane = *value;
+        }
+        lanes
     }
 
     /// Sets one tap from one input to sixteen outputs.

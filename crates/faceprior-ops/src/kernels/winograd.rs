@@ -222,11 +222,12 @@ impl Kernel for WeightBlock<'_> {
                 unsafe {
                     let mut half = [[L::zero(); 3]; EDGE];
                     for column in 0..3 {
-                        let g = std::array::from_fn(|row| {
+                        let mut g = [L::zero(); 3];
+                        for (row, g) in g.iter_mut().enumerate() {
                             let tap = row * 3 + column;
                             let tap = if columns == Columns::Inputs { 8 - tap } else { tap };
-                            L::load(columns.row(&tile, lane, tap).as_ptr())
-                        });
+                            *g = L::load(columns.row(&tile, lane, tap).as_ptr());
+                        }
                         for (row, value) in kernel_to_points(g).into_iter().enumerate() {
                             half[row][column] = value;
                         }
@@ -343,9 +344,6 @@ impl Kernel for Chunk<'_> {
     }
 }
 
-/// What lies outside a picture.
-static ZEROS: [f32; BLOCK] = [0.0; BLOCK];
-
 /// `Bᵀ d B` of the tile whose outputs start at (`top`, `left`), one value per point at distances of `point`.
 ///
 /// # Safety
@@ -365,20 +363,21 @@ unsafe fn transform_input<L: Lanes>(
         let mut half = [[L::zero(); EDGE]; EDGE];
         let inside = top > 0 && left > 0 && top + TILE < h && left + TILE < w;
         for column in 0..EDGE {
-            let d: [L; EDGE] = if inside {
+            let mut d = [L::zero(); EDGE];
+            if inside {
                 let first = plane.wrapping_add(((top - 1) * w + left - 1 + column) * BLOCK);
-                std::array::from_fn(|row| L::load(first.wrapping_add(row * w * BLOCK)))
+                for (row, d) in d.iter_mut().enumerate() {
+                    *d = L::load(first.wrapping_add(row * w * BLOCK));
+                }
             } else {
-                std::array::from_fn(|row| {
+                for (row, d) in d.iter_mut().enumerate() {
                     // One too far above or left wraps around to a huge number, which is outside too.
                     let (y, x) = ((top + row).wrapping_sub(1), (left + column).wrapping_sub(1));
-                    L::load(if y < h && x < w {
-                        plane.wrapping_add((y * w + x) * BLOCK)
-                    } else {
-                        ZEROS.as_ptr()
-                    })
-                })
-            };
+                    if y < h && x < w {
+                        *d = L::load(plane.wrapping_add((y * w + x) * BLOCK));
+                    }
+                }
+            }
             for (row, value) in input_to_points(d).into_iter().enumerate() {
                 half[row][column] = value;
             }
@@ -408,7 +407,10 @@ unsafe fn transform_output<L: Lanes>(
     unsafe {
         let mut half = [[L::zero(); EDGE]; TILE];
         for column in 0..EDGE {
-            let m = std::array::from_fn(|row| L::load(from.wrapping_add((row * EDGE + column) * point)));
+            let mut m = [L::zero(); EDGE];
+            for (row, m) in m.iter_mut().enumerate() {
+                *m = L::load(from.wrapping_add((row * EDGE + column) * point));
+            }
             for (row, value) in points_to_output(m).into_iter().enumerate() {
                 half[row][column] = value;
             }
@@ -440,15 +442,13 @@ unsafe fn transform_output_gradient<L: Lanes>(
     unsafe {
         let mut half = [[L::zero(); TILE]; EDGE];
         for column in 0..TILE {
-            let dy = std::array::from_fn(|row| {
+            let mut dy = [L::zero(); TILE];
+            for (row, dy) in dy.iter_mut().enumerate() {
                 let (y, x) = (top + row, left + column);
-                let inside = y < shape.h && x < shape.w;
-                L::load(if inside {
-                    plane.wrapping_add((y * shape.w + x) * BLOCK)
-                } else {
-                    ZEROS.as_ptr()
-                })
-            });
+                if y < shape.h && x < shape.w {
+                    *dy = L::load(plane.wrapping_add((y * shape.w + x) * BLOCK));
+                }
+            }
             for (row, value) in output_to_points(dy).into_iter().enumerate() {
                 half[row][column] = value;
             }
@@ -933,12 +933,13 @@ impl Kernel for GradientBlock<'_> {
                 unsafe {
                     let mut half = [[L::zero(); EDGE]; 3];
                     for column in 0..EDGE {
-                        let s = std::array::from_fn(|row| {
+                        let mut s = [L::zero(); EDGE];
+                        for (row, s) in s.iter_mut().enumerate() {
                             let at = first.wrapping_add((row * EDGE + column) * pairs);
-                            (1..parts).fold(L::load(at), |sum, part| {
-                                sum.add(L::load(at.wrapping_add(part * size)))
-                            })
-                        });
+                            for part in 0..parts {
+                                *s = s.add(L::load(at.wrapping_add(part * size)));
+                            }
+                        }
                         for (row, value) in points_to_kernel(s).into_iter().enumerate() {
                             half[row][column] = value;
                         }
