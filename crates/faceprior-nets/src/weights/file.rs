@@ -1,5 +1,6 @@
 //! The bytes of a safetensors file: eight bytes with the header's length, a JSON header, the tensors' data.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -204,11 +205,14 @@ fn header(order: &[(&String, &TensorData)], metadata: &Strings) -> std::io::Resu
     Ok(header)
 }
 
-fn little_endian(data: &TensorData) -> Vec<u8> {
-    match data.dtype() {
+fn little_endian(data: &TensorData) -> Cow<'_, [u8]> {
+    if cfg!(target_endian = "little") {
+        return Cow::Borrowed(data.as_bytes());
+    }
+    Cow::Owned(match data.dtype() {
         DType::I64 => data.iter::<i64>().flat_map(i64::to_le_bytes).collect(),
         _ => data.iter::<f32>().flat_map(f32::to_le_bytes).collect(),
-    }
+    })
 }
 
 /// Makes the rename durable. Only Unix lets a directory be opened and synced.
