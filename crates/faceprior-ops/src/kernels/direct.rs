@@ -138,23 +138,66 @@ fn pack(isa: Isa, weight: &[f32], shape: WeightShape, side: Columns) -> Panels {
     let rows = inner_blocks * shape.taps * length;
     let mut values = Buffer::take(column_blocks * BLOCK * rows);
     let to = Shared::new(&mut values);
-    let group_blocks = isa.tile_blocks();
     parallel(column_blocks * inner_blocks, |task| {
         let (column_block, inner_block) = (task / inner_blocks, task % inner_blocks);
-        let group = column_block / group_blocks;
-        let width = group_blocks.min(column_blocks - group * group_blocks) * BLOCK;
-        let start = group * group_blocks * BLOCK * rows
-            + inner_block * shape.taps * length * width
-            + column_block % group_blocks * BLOCK;
-        let mut tile = WeightTile::new(shape);
-        side.read(&mut tile, weight, column_block, inner_block);
-        for (tap, row) in (0..shape.taps).flat_map(|tap| (0..length).map(move |row| (tap, row))) {
-            let to = to.at(start + (tap * length + row) * width).cast::<[f32; BLOCK]>();
-            // SAFETY: each task writes the rows and columns of its blocks, inside the buffer by its size.
-            unsafe { to.write(side.row(&tile, row, tap)) };
-        }
+        isa.run(PackBlock {
+            weight,
+            shape,
+            side,
+            to,
+            length,
+            column_block,
+            inner_block,
+        });
     });
     Panels { values, length }
+}
+
+/// Sixteen columns of sixteen channels.
+struct PackBlock<'a> {
+    weight: &'a [f32],
+    shape: WeightShape,
+    side: Columns,
+    to: Shared,
+    length: usize,
+    column_block: usize,
+    inner_block: usize,
+}
+
+impl Kernel for PackBlock<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            weight,
+            shape,
+            side,
+            to,
+            length,
+            column_block,
+            inner_block,
+        } = self;
+        let (columns, inner) = side.sides(shape);
+        let rows = inner.div_ceil(BLOCK) * shape.taps * length;
+        let group = column_block / L::TILE_BLOCKS;
+        let width = L::TILE_BLOCKS.min(columns.div_ceil(BLOCK) - group * L::TILE_BLOCKS) * BLOCK;
+        let start = group * L::TILE_BLOCKS * BLOCK * rows
+            + inner_block * shape.taps * length * width
+            + column_block % L::TILE_BLOCKS * BLOCK;
+        let mut tile = WeightTile::new(shape);
+        // SAFETY: the caller promises the instructions; each task writes the rows and columns of its blocks, inside
+        // the buffer by its size.
+        unsafe {
+            side.read::<L>(&mut tile, weight, column_block, inner_block);
+            for tap in 0..shape.taps {
+                for row in 0..length {
+                    let lanes = L::load(side.row(&mut tile, row, tap).as_ptr());
+                    lanes.store(to.at(start + (tap * length + row) * width));
+                }
+            }
+        }
+    }
 }
 
 /// Rows of output pixels that one task computes, so that all threads have several.
@@ -427,23 +470,61 @@ pub(crate) fn weight_gradient(isa: Isa, geometry: Geometry, x: &[f32], dy: &[f32
     let (dw, sums) = (Shared::new(dw), &*sums);
     parallel(g.out_blocks() * g.in_blocks(), |task| {
         let (out_block, in_block) = (task / g.in_blocks(), task % g.in_blocks());
-        let mut tile = WeightTile::new(g.weight());
-        for (tap, lane) in (0..g.taps()).flat_map(|tap| (0..BLOCK).map(move |lane| (tap, lane))) {
-            let input = in_block * BLOCK + lane;
-            if input < g.i {
-                let mut total = [0.0; BLOCK];
-                for part in sums.chunks_exact(size) {
-                    let first = (tap * inputs + input) * columns + out_block * BLOCK;
-                    for (total, sum) in total.iter_mut().zip(&part[first..first + BLOCK]) {
-                        *total += sum;
-                    }
-                }
-                tile.set_outputs(lane, tap, total);
-            }
-        }
-        // SAFETY: `dw` is a weight of the shape; each task writes the tile of its blocks.
-        unsafe { tile.write(dw, out_block, in_block) };
+        isa.run(SumParts {
+            geometry: g,
+            sums,
+            size,
+            inputs,
+            dw,
+            out_block,
+            in_block,
+        });
     });
+}
+
+/// Adds up the parts of sixteen inputs and outputs, in order.
+struct SumParts<'a> {
+    geometry: Geometry,
+    sums: &'a [f32],
+    size: usize,
+    inputs: usize,
+    dw: Shared,
+    out_block: usize,
+    in_block: usize,
+}
+
+impl Kernel for SumParts<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            geometry: g,
+            sums,
+            size,
+            inputs,
+            dw,
+            out_block,
+            in_block,
+        } = self;
+        let columns = g.out_blocks() * BLOCK;
+        let mut tile = WeightTile::new(g.weight());
+        // SAFETY: the caller promises the instructions; sums are `[part][tap][input][output]`; each task writes the
+        // tile of its blocks.
+        unsafe {
+            for tap in 0..g.taps() {
+                for lane in 0..BLOCK.min(inputs - in_block * BLOCK) {
+                    let first = (tap * inputs + in_block * BLOCK + lane) * columns + out_block * BLOCK;
+                    let mut total = L::zero();
+                    for part in sums.chunks_exact(size) {
+                        total = total.add(L::load(part[first..first + BLOCK].as_ptr()));
+                    }
+                    total.store(tile.outputs(lane, tap).as_mut_ptr());
+                }
+            }
+            tile.write::<L>(dw, out_block, in_block);
+        }
+    }
 }
 
 struct WeightGradientTask<'a> {

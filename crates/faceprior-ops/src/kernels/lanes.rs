@@ -102,6 +102,9 @@ pub(crate) trait Lanes: Copy {
     /// `above` where `self > bound`, `otherwise` elsewhere.
     unsafe fn select_greater(self, bound: Self, above: Self, otherwise: Self) -> Self;
 
+    /// The transpose of a square of sixteen by sixteen floats: row `r` of the result is column `r` of the argument.
+    unsafe fn transpose(rows: [Self; 16]) -> [Self; 16];
+
     /// Sixteen zeros.
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -191,6 +194,17 @@ impl Lanes for Portable {
                 otherwise.0[lane]
             }
         }))
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(rows: [Self; 16]) -> [Self; 16] {
+        let mut columns = rows;
+        for (row, Self(values)) in rows.iter().enumerate() {
+            for (column, value) in values.iter().enumerate() {
+                columns[column].0[row] = *value;
+            }
+        }
+        columns
     }
 }
 
@@ -288,6 +302,50 @@ mod x86 {
                 Self(_mm512_mask_blend_ps(mask, otherwise.0, above.0))
             }
         }
+
+        #[inline(always)]
+        unsafe fn transpose(rows: [Self; 16]) -> [Self; 16] {
+            unsafe {
+                // Within groups of four rows: element 4·l + k of each row comes to lane l of register k.
+                let mut quads = rows;
+                for group in 0..4 {
+                    let [Self(a), Self(b), Self(c), Self(d)] = [
+                        rows[4 * group],
+                        rows[4 * group + 1],
+                        rows[4 * group + 2],
+                        rows[4 * group + 3],
+                    ];
+                    let pairs = [
+                        (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d)),
+                        (_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d)),
+                    ];
+                    for (half, (ab, cd)) in pairs.into_iter().enumerate() {
+                        let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+                        let first = 4 * group + 2 * half;
+                        quads[first] = Self(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)));
+                        quads[first + 1] = Self(_mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+                    }
+                }
+                // Between groups: lane l of register k of all groups makes row 4·l + k.
+                let mut columns = rows;
+                for k in 0..4 {
+                    let [a, b, c, d] = [quads[k].0, quads[4 + k].0, quads[8 + k].0, quads[12 + k].0];
+                    let (even_ab, even_cd) = (
+                        _mm512_shuffle_f32x4::<0x88>(a, b),
+                        _mm512_shuffle_f32x4::<0x88>(c, d),
+                    );
+                    let (odd_ab, odd_cd) = (
+                        _mm512_shuffle_f32x4::<0xdd>(a, b),
+                        _mm512_shuffle_f32x4::<0xdd>(c, d),
+                    );
+                    columns[k] = Self(_mm512_shuffle_f32x4::<0x88>(even_ab, even_cd));
+                    columns[4 + k] = Self(_mm512_shuffle_f32x4::<0x88>(odd_ab, odd_cd));
+                    columns[8 + k] = Self(_mm512_shuffle_f32x4::<0xdd>(even_ab, even_cd));
+                    columns[12 + k] = Self(_mm512_shuffle_f32x4::<0xdd>(odd_ab, odd_cd));
+                }
+                columns
+            }
+        }
     }
 
     impl Lanes for Avx2 {
@@ -371,6 +429,94 @@ mod x86 {
                     _mm256_blendv_ps(otherwise.1, above.1, high),
                 )
             }
+        }
+
+        #[inline(always)]
+        unsafe fn transpose(rows: [Self; 16]) -> [Self; 16] {
+            unsafe {
+                // Four squares of eight by eight.
+                let mut columns = rows;
+                for half in 0..2 {
+                    let mut low = [rows[0].0; 8];
+                    let mut high = low;
+                    for row in 0..8 {
+                        (low[row], high[row]) = (rows[8 * half + row].0, rows[8 * half + row].1);
+                    }
+                    let (low, high) = (transpose8(low), transpose8(high));
+                    for column in 0..8 {
+                        if half == 0 {
+                            (columns[column].0, columns[8 + column].0) = (low[column], high[column]);
+                        } else {
+                            (columns[column].1, columns[8 + column].1) = (low[column], high[column]);
+                        }
+                    }
+                }
+                columns
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose8(rows: [__m256; 8]) -> [__m256; 8] {
+        unsafe {
+            let mut quads = rows;
+            for group in 0..2 {
+                let [a, b, c, d] = [
+                    rows[4 * group],
+                    rows[4 * group + 1],
+                    rows[4 * group + 2],
+                    rows[4 * group + 3],
+                ];
+                let pairs = [
+                    (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d)),
+                    (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d)),
+                ];
+                for (half, (ab, cd)) in pairs.into_iter().enumerate() {
+                    let (ab, cd) = (_mm256_castps_pd(ab), _mm256_castps_pd(cd));
+                    let first = 4 * group + 2 * half;
+                    quads[first] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd));
+                    quads[first + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+                }
+            }
+            let mut columns = rows;
+            for k in 0..4 {
+                columns[k] = _mm256_permute2f128_ps::<0x20>(quads[k], quads[4 + k]);
+                columns[4 + k] = _mm256_permute2f128_ps::<0x31>(quads[k], quads[4 + k]);
+            }
+            columns
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Transpose([[f32; 16]; 16]);
+
+    impl Kernel for Transpose {
+        type Output = [[f32; 16]; 16];
+
+        #[inline(always)]
+        unsafe fn run<L: Lanes>(self) -> [[f32; 16]; 16] {
+            // SAFETY: arrays of sixteen floats.
+            unsafe {
+                let rows = self.0.map(|row| L::load(row.as_ptr()));
+                L::transpose(rows).map(|column| {
+                    let mut values = [0.0; 16];
+                    column.store(values.as_mut_ptr());
+                    values
+                })
+            }
+        }
+    }
+
+    #[test]
+    fn transposes_on_every_instruction_set() {
+        let square = std::array::from_fn(|row| std::array::from_fn(|column| (row * 16 + column) as f32));
+        let expected = std::array::from_fn(|row| std::array::from_fn(|column| (column * 16 + row) as f32));
+        for isa in Isa::available() {
+            assert_eq!(isa.run(Transpose(square)), expected, "{isa:?}");
         }
     }
 }

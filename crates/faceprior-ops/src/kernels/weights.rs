@@ -1,9 +1,10 @@
 //! Square tiles of a weight `[O, I, taps]`: sixteen outputs by sixteen inputs.
 //!
 //! Kernels want neighbouring outputs side by side, which lie I·taps floats apart; with a power of two of inputs, the
-//! sixteen addresses fall into one or two sets of the cache and push each other out. A tile is therefore copied as a
-//! whole, in runs of sixteen inputs, and rearranged in a buffer of its own.
+//! sixteen addresses fall into one or two sets of the cache and push each other out. A tile is therefore moved as a
+//! whole, in squares of sixteen by sixteen floats that are transposed in registers.
 
+use super::lanes::Lanes;
 use super::{BLOCK, Shared};
 
 /// Shape of a weight.
@@ -14,7 +15,7 @@ pub(crate) struct WeightShape {
     pub(crate) taps: usize,
 }
 
-/// A tile `[16 outputs][16 inputs][taps]`; zeros beyond the last channel.
+/// A tile of sixteen inputs by sixteen outputs, `[16 inputs][taps][16 outputs]`; zeros beyond the last channel.
 pub(crate) struct WeightTile {
     values: Vec<f32>,
     shape: WeightShape,
@@ -29,75 +30,107 @@ impl WeightTile {
         }
     }
 
-    /// Copies the tile of a block of outputs and a block of inputs out of a weight.
-    pub(crate) fn read(&mut self, weight: &[f32], out_block: usize, in_block: usize) {
+    /// Where the tile's rows, one per output, lie in a weight: start, outputs, floats per output, distance.
+    fn rows(&self, out_block: usize, in_block: usize) -> (usize, usize, usize, usize) {
         let WeightShape {
             outputs,
             inputs,
             taps,
         } = self.shape;
-        self.values.fill(0.0);
-        let run = BLOCK.min(inputs - in_block * BLOCK) * taps;
-        let rows = self
-            .values
-            .chunks_exact_mut(BLOCK * taps)
-            .take(outputs - out_block * BLOCK);
-        for (row, values) in rows.enumerate() {
-            let start = ((out_block * BLOCK + row) * inputs + in_block * BLOCK) * taps;
-            values[..run].copy_from_slice(&weight[start..start + run]);
+        let start = (out_block * BLOCK * inputs + in_block * BLOCK) * taps;
+        let rows = BLOCK.min(outputs - out_block * BLOCK);
+        (
+            start,
+            rows,
+            BLOCK.min(inputs - in_block * BLOCK) * taps,
+            inputs * taps,
+        )
+    }
+
+    /// Copies the tile of a block of outputs and a block of inputs out of a weight.
+    ///
+    /// # Safety
+    /// The processor must have the instructions of `L`.
+    #[inline(always)]
+    pub(crate) unsafe fn read<L: Lanes>(&mut self, weight: &[f32], out_block: usize, in_block: usize) {
+        let (start, rows, length, distance) = self.rows(out_block, in_block);
+        let full = length / BLOCK * BLOCK;
+        if rows < BLOCK || length < BLOCK * self.shape.taps {
+            self.values.fill(0.0);
+            for row in 0..rows {
+                for (at, value) in weight[start + row * distance..][..length].iter().enumerate() {
+                    self.values[at * BLOCK + row] = *value;
+                }
+            }
+            return;
+        }
+        let weight = &weight[start..start + 15 * distance + full];
+        for at in (0..full).step_by(BLOCK) {
+            // SAFETY: the caller promises the instructions; the last row ends inside the weight and the last square
+            // inside the tile.
+            unsafe {
+                let mut square = [L::zero(); BLOCK];
+                for (row, lanes) in square.iter_mut().enumerate() {
+                    *lanes = L::load(weight.as_ptr().wrapping_add(row * distance + at));
+                }
+                let to = self.values.as_mut_ptr().wrapping_add(at * BLOCK);
+                for (row, lanes) in L::transpose(square).into_iter().enumerate() {
+                    lanes.store(to.wrapping_add(row * BLOCK));
+                }
+            }
         }
     }
 
     /// Copies the tile into a weight.
     ///
     /// # Safety
-    /// `weight` is a weight of the shape, and no other task writes this tile.
-    pub(crate) unsafe fn write(&self, weight: Shared, out_block: usize, in_block: usize) {
-        let WeightShape {
-            outputs,
-            inputs,
-            taps,
-        } = self.shape;
-        let run = BLOCK.min(inputs - in_block * BLOCK) * taps;
-        let rows = self
-            .values
-            .chunks_exact(BLOCK * taps)
-            .take(outputs - out_block * BLOCK);
-        for (row, values) in rows.enumerate() {
-            let start = ((out_block * BLOCK + row) * inputs + in_block * BLOCK) * taps;
-            // SAFETY: the caller's promise.
-            unsafe { weight.at(start).copy_from_nonoverlapping(values.as_ptr(), run) };
+    /// The processor must have the instructions of `L`; `weight` is a weight of the shape, and no other task writes
+    /// this tile.
+    #[inline(always)]
+    pub(crate) unsafe fn write<L: Lanes>(&self, weight: Shared, out_block: usize, in_block: usize) {
+        let (start, rows, length, distance) = self.rows(out_block, in_block);
+        for at in (0..length).step_by(BLOCK) {
+            // SAFETY: the caller's promise; squares lie inside the tile, and no more than `length` floats of each row
+            // are written.
+            unsafe {
+                let mut square = [L::zero(); BLOCK];
+                for (row, lanes) in square.iter_mut().enumerate() {
+                    *lanes = L::load(self.values.as_ptr().wrapping_add((at + row) * BLOCK));
+                }
+                for (row, lanes) in L::transpose(square).into_iter().enumerate().take(rows) {
+                    let to = weight.at(start + row * distance + at);
+                    if at + BLOCK <= length {
+                        lanes.store(to);
+                    } else {
+                        let mut values = [0.0; BLOCK];
+                        lanes.store(values.as_mut_ptr());
+                        to.copy_from_nonoverlapping(values.as_ptr(), length - at);
+                    }
+                }
+            }
         }
     }
 
-    /// One tap from sixteen outputs to one input: a row of a convolution's columns.
+    /// One tap from one input to sixteen outputs: a row of a convolution's columns.
     #[inline(always)]
-    pub(crate) fn outputs(&self, input: usize, tap: usize) -> [f32; BLOCK] {
-        self.lanes(input * self.shape.taps + tap, BLOCK * self.shape.taps)
+    pub(crate) fn outputs(&mut self, input: usize, tap: usize) -> &mut [f32; BLOCK] {
+        let start = (input * self.shape.taps + tap) * BLOCK;
+        (&mut self.values[start..start + BLOCK])
+            .try_into()
+            .expect("sixteen floats")
     }
 
-    /// One tap from one output to sixteen inputs: a row of a data gradient's columns.
+    /// One tap from sixteen inputs to one output: a row of a data gradient's columns.
     #[inline(always)]
-    pub(crate) fn inputs(&self, output: usize, tap: usize) -> [f32; BLOCK] {
-        self.lanes(output * BLOCK * self.shape.taps + tap, self.shape.taps)
-    }
-
-    #[inline(always)]
-    fn lanes(&self, first: usize, stride: usize) -> [f32; BLOCK] {
+    fn inputs(&self, output: usize, tap: usize) -> [f32; BLOCK] {
         let mut lanes = [0.0; BLOCK];
-        for (lane, value) in lanes.iter_mut().zip(self.values[first..].iter().step_by(stride)) {
+        let values = self.values[tap * BLOCK + output..]
+            .iter()
+            .step_by(self.shape.taps * BLOCK);
+        for (lane, value) in lanes.iter_mut().zip(values) {
             *lane = *value;
         }
         lanes
-    }
-
-    /// Sets one tap from one input to sixteen outputs.
-    #[inline(always)]
-    pub(crate) fn set_outputs(&mut self, input: usize, tap: usize, values: [f32; BLOCK]) {
-        let taps = self.shape.taps;
-        for (output, value) in values.into_iter().enumerate() {
-            self.values[(output * BLOCK + input) * taps + tap] = value;
-        }
     }
 }
 
@@ -120,18 +153,31 @@ impl Columns {
     }
 
     /// Reads the tile of a block of columns and a block of rows.
-    pub(crate) fn read(self, tile: &mut WeightTile, weight: &[f32], column_block: usize, row_block: usize) {
-        match self {
-            Self::Outputs => tile.read(weight, column_block, row_block),
-            Self::Inputs => tile.read(weight, row_block, column_block),
+    ///
+    /// # Safety
+    /// The processor must have the instructions of `L`.
+    #[inline(always)]
+    pub(crate) unsafe fn read<L: Lanes>(
+        self,
+        tile: &mut WeightTile,
+        weight: &[f32],
+        column_block: usize,
+        row_block: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::Outputs => tile.read::<L>(weight, column_block, row_block),
+                Self::Inputs => tile.read::<L>(weight, row_block, column_block),
+            }
         }
     }
 
     /// One tap of sixteen columns for one row of the tile.
     #[inline(always)]
-    pub(crate) fn row(self, tile: &WeightTile, row: usize, tap: usize) -> [f32; BLOCK] {
+    pub(crate) fn row(self, tile: &mut WeightTile, row: usize, tap: usize) -> [f32; BLOCK] {
         match self {
-            Self::Outputs => tile.outputs(row, tap),
+            Self::Outputs => *tile.outputs(row, tap),
             Self::Inputs => tile.inputs(row, tap),
         }
     }

@@ -214,7 +214,8 @@ impl Kernel for WeightBlock<'_> {
         let start = POINTS * inputs * first_block * BLOCK + in_block * BLOCK * width;
         let mut tile = WeightTile::new(shape);
         for block in 0..blocks {
-            columns.read(&mut tile, weight, first_block + block, in_block);
+            // SAFETY: the caller promises the instructions.
+            unsafe { columns.read::<L>(&mut tile, weight, first_block + block, in_block) };
             for lane in 0..BLOCK {
                 let to = to.at(start + lane * width + block * BLOCK);
                 // SAFETY: the caller promises the instructions. This task alone writes the columns of its group in
@@ -226,7 +227,7 @@ impl Kernel for WeightBlock<'_> {
                         for (row, g) in g.iter_mut().enumerate() {
                             let tap = row * 3 + column;
                             let tap = if columns == Columns::Inputs { 8 - tap } else { tap };
-                            *g = L::load(columns.row(&tile, lane, tap).as_ptr());
+                            *g = L::load(columns.row(&mut tile, lane, tap).as_ptr());
                         }
                         for (row, value) in kernel_to_points(g).into_iter().enumerate() {
                             half[row][column] = value;
@@ -946,15 +947,13 @@ impl Kernel for GradientBlock<'_> {
                     }
                     for (row, half) in half.into_iter().enumerate() {
                         for (column, value) in points_to_kernel(half).into_iter().enumerate() {
-                            let mut lanes = [0.0; BLOCK];
-                            value.store(lanes.as_mut_ptr());
-                            tile.set_outputs(lane, row * 3 + column, lanes);
+                            value.store(tile.outputs(lane, row * 3 + column).as_mut_ptr());
                         }
                     }
                 }
             }
             // SAFETY: `dw` is a weight of the shape; this task alone writes the tiles of its blocks.
-            unsafe { tile.write(dw, block, in_block) };
+            unsafe { tile.write::<L>(dw, block, in_block) };
         }
     }
 }
