@@ -161,13 +161,8 @@ impl ModuleVisitor for Norms<'_> {
     }
 }
 
-fn tracked(net: &'static str) -> Golden {
-    Golden::new(net, Device::flex().autodiff())
-}
-
-#[test]
-fn gan32_values() {
-    let golden = Golden::new("gan32", Device::flex());
+fn values_32(device: Device) {
+    let golden = Golden::new("gan32", device);
     let generator = golden.generator();
     let (w, w2) = (
         generator.mapping.forward(golden.z("g.z")),
@@ -192,9 +187,8 @@ fn gan32_values() {
 }
 
 /// The published size: depth 8, up to 512 channels. Of the four pictures the first is enough.
-#[test]
-fn gan128_values() {
-    let golden = Golden::new("gan128", Device::flex());
+fn values_128(device: Device) {
+    let golden = Golden::new("gan128", device);
     let generator = golden.generator();
     let (w, w2) = (
         generator.mapping.forward(golden.z("g.z")),
@@ -219,9 +213,8 @@ fn gan128_values() {
     );
 }
 
-#[test]
-fn gan32_generator_loss() {
-    let golden = tracked("gan32");
+fn generator_loss_32(device: Device) {
+    let golden = Golden::new("gan32", device.autodiff());
     let generator = golden.generator();
     let codes = generator.codes(generator.mapping.forward(golden.z("g.z")));
     let fake = generator.synthesis.forward(codes, Noise::Constant);
@@ -230,9 +223,8 @@ fn gan32_generator_loss() {
     golden.check_norms("g_grad_norm", "G_names", &generator, &loss.backward());
 }
 
-#[test]
-fn gan32_discriminator_loss() {
-    let golden = tracked("gan32");
+fn discriminator_loss_32(device: Device) {
+    let golden = Golden::new("gan32", device.autodiff());
     let generator = golden.generator().valid();
     let discriminator = golden.discriminator();
     let codes = generator.codes(generator.mapping.forward(golden.z("g.z").without_autodiff()));
@@ -246,9 +238,8 @@ fn gan32_discriminator_loss() {
 /// rounding in single precision decides its side: the penalty is the golden's or 6.5e-4 more, nothing between. So the
 /// pictures are also taken with values that differ by up to 1e-5, until the unit is on the golden's side; then
 /// penalty and every gradient must be the golden's.
-#[test]
-fn gan32_r1() {
-    let golden = tracked("gan32");
+fn r1_32(device: Device) {
+    let golden = Golden::new("gan32", device.autodiff());
     let discriminator = golden.discriminator();
     let expected = golden.expected("r1")[0];
     let r1 = (0..16)
@@ -279,9 +270,8 @@ fn gan32_r1() {
     golden.check("r1_grad_fc", &numbers(last), NORM);
 }
 
-#[test]
-fn gan32_path_length() {
-    let golden = tracked("gan32");
+fn path_length_32(device: Device) {
+    let golden = Golden::new("gan32", device.autodiff());
     let generator = golden.generator();
     let codes = generator.codes(generator.mapping.forward(golden.z("g.z")));
     let directions = input("g.plnoise32", [4, 3, 32, 32], 3.0f64.sqrt(), &golden.device).div_scalar(32.0);
@@ -300,4 +290,52 @@ fn gan32_path_length() {
         .grad(&gradients)
         .unwrap();
     golden.check("pl_grad_const", &numbers(constant.narrow(0, 0, 8)), NORM);
+}
+
+#[test]
+fn gan32_values() {
+    values_32(Device::flex());
+}
+
+#[test]
+fn gan128_values() {
+    values_128(Device::flex());
+}
+
+#[test]
+fn gan32_generator_loss() {
+    generator_loss_32(Device::flex());
+}
+
+#[test]
+fn gan32_discriminator_loss() {
+    discriminator_loss_32(Device::flex());
+}
+
+#[test]
+fn gan32_r1() {
+    r1_32(Device::flex());
+}
+
+#[test]
+fn gan32_path_length() {
+    path_length_32(Device::flex());
+}
+
+#[cfg(feature = "vulkan")]
+mod vulkan {
+    use burn::tensor::DeviceKind;
+
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a Vulkan device; run by cargo xtask check --full"]
+    fn gan32() {
+        let device = || Device::vulkan(DeviceKind::DefaultDevice);
+        values_32(device());
+        generator_loss_32(device());
+        discriminator_loss_32(device());
+        r1_32(device());
+        path_length_32(device());
+    }
 }
