@@ -31,16 +31,16 @@ impl<T> Dual<T> {
     }
 }
 
-/// Value and tangent as one batch of twice the size, for operations that cost less done once.
-fn as_one_batch(x: Dual<FeatureMap>, f: impl FnOnce(FeatureMap) -> FeatureMap) -> Dual<FeatureMap> {
-    let n = x.value.dims()[0];
-    let (value, tangent) = f(FeatureMap::cat_batch(vec![x.value, x.tangent])).split_batch(n);
-    Dual { value, tangent }
-}
-
 /// [`crate::conv2d`] of a dual.
 pub fn conv2d(x: Dual<FeatureMap>, weight: Tensor<4>, options: Conv2dOptions) -> Dual<FeatureMap> {
-    as_one_batch(x, |x| crate::conv2d(x, weight, options))
+    if x.value.is_blocked() {
+        // Kernels are as fast on the parts as on the whole, which would have to be copied together and apart again.
+        return x.linear(|x| crate::conv2d(x, weight.clone(), options));
+    }
+    let n = x.value.dims()[0];
+    let both = FeatureMap::cat_batch(vec![x.value, x.tangent]);
+    let (value, tangent) = crate::conv2d(both, weight, options).split_batch(n);
+    Dual { value, tangent }
 }
 
 /// [`crate::bias_activation`] of a dual.

@@ -62,6 +62,10 @@ impl FeatureMap {
     }
 
     /// The sum of two maps of one shape.
+    #[allow(
+        clippy::should_implement_trait,
+        reason = "named like the method of Burn's tensors"
+    )]
     pub fn add(self, other: FeatureMap) -> FeatureMap {
         assert_eq!(
             self.dims(),

@@ -202,7 +202,9 @@ mod tests {
     fn size_classes_waste_little_and_are_aligned() {
         for bytes in [1, 64, 65, 1000, 4096, 5000, 1 << 20, (1 << 20) + 1, 123_456_789] {
             let class = size_class(bytes);
-            assert!(class >= bytes && class % ALIGN == 0 && (class - bytes) * 8 <= bytes.max(8 * ALIGN));
+            assert!(
+                class >= bytes && class.is_multiple_of(ALIGN) && (class - bytes) * 8 <= bytes.max(8 * ALIGN)
+            );
             assert_eq!(size_class(class), class);
         }
     }

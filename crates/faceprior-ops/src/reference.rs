@@ -267,3 +267,83 @@ fn replicate(x: Tensor<5>, axis: usize, before: usize, after: usize) -> Tensor<5
     parts.extend(vec![last; after]);
     Tensor::cat(parts, axis)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::assert_twins;
+    use crate::{FeatureMap, dual};
+
+    /// A map in the layout of devices without kernels.
+    fn plain(x: Tensor<4>) -> FeatureMap {
+        let channels = x.dims()[1];
+        FeatureMap::from_blocks(block(x, 1), channels)
+    }
+
+    /// A chain of all operations on the public interface, in the layout that `map` makes.
+    fn chain(map: fn(Tensor<4>) -> FeatureMap, [x, weight, vector]: [Tensor<4>; 3]) -> Tensor<4> {
+        let (n, style) = (x.dims()[0], vector.clone().reshape([2, 20]));
+        let channel = vector.narrow(0, 0, 1).reshape([20]);
+        let noise = crate::testing::random([n, 1, 8, 6], 9);
+        let same = Conv2dOptions::same3x3();
+        let activation = BiasActivation {
+            negative_slope: 0.2,
+            gain: 1.5,
+            clamp: Some(2.0),
+        };
+
+        let x = crate::conv2d(map(x), weight.clone(), same).add(map(noise.clone().repeat_dim(1, 20)));
+        let x = crate::bias_activation(x, Some(channel.clone()), activation);
+        let x = crate::prelu(x, channel.clone()).mul_scalar(1.3);
+        let (x, _) = crate::batch_norm_train(x, channel.clone(), channel.clone(), 1e-5);
+        let x = crate::batch_norm(
+            x,
+            channel.clone(),
+            channel.clone(),
+            channel.clone(),
+            channel.clone().square(),
+            0.1,
+        );
+        let x = crate::add_noise(x, noise, channel.clone().narrow(0, 0, 1));
+        let x = crate::modulated_conv2d(x, weight.clone(), style.clone(), true);
+        let x = crate::downsample_smooth(crate::upsample_smooth(x));
+        let x = crate::max_pool2d(crate::relu(crate::leaky_relu(x, 0.1)), 3, 1, false);
+        let (first, rest) = x.split_batch(1);
+        let x = FeatureMap::cat_batch(vec![rest, first]);
+        let x = crate::scale_channels(x.clone(), crate::global_average_pool(x));
+
+        let x = dual::Dual {
+            value: x.clone(),
+            tangent: x.mul_scalar(0.5),
+        };
+        let x = dual::add_noise(
+            dual::conv2d(x.clone(), weight.clone(), same),
+            crate::testing::random([n, 1, 6, 4], 9),
+            channel.clone().narrow(0, 0, 1),
+        );
+        let x = dual::bias_activation(x, Some(channel), activation);
+        let style = dual::Dual {
+            value: style.clone(),
+            tangent: style,
+        };
+        let x = dual::modulated_conv2d(
+            dual::upsample_smooth(dual::downsample_smooth(x)),
+            weight,
+            style,
+            true,
+        );
+        let both = dual::flatten(dual::add(x.clone(), x));
+        let [_, columns] = both.value.dims();
+        both.value.add(both.tangent).reshape([n, columns, 1, 1])
+    }
+
+    #[test]
+    fn a_network_gives_the_same_in_either_layout() {
+        assert_twins(
+            |inputs| chain(FeatureMap::from_nchw, inputs),
+            |inputs| chain(plain, inputs),
+            [[2, 20, 8, 6], [20, 20, 3, 3], [2, 20, 1, 1]],
+            1e-4,
+        );
+    }
+}

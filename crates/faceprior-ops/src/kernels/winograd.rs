@@ -8,6 +8,11 @@
 //! The matrices are those of Toom-Cook at the points 0, ±p, ±q, ∞. With p = 5/8 and q = 3/2 rounding errors are half
 //! those of the usual 1 and 2 (measured in this module's tests against float64).
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "columns of matrices are filled one by one"
+)]
+
 use super::lanes::{Isa, Kernel, Lanes};
 use super::tile::{Runs, Strides, multiply};
 use super::weights::{Columns, WeightShape, WeightTile};
