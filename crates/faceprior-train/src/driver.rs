@@ -78,7 +78,7 @@ pub enum Event<'a> {
         /// The clock.
         clock: &'a Clock,
     },
-    /// An evaluation ended.
+    /// An evaluation ended and has something to say.
     Evaluated {
         /// The clock.
         clock: &'a Clock,
@@ -362,11 +362,11 @@ impl Driver<'_> {
         fields.extend(evaluation.score.map(|score| ("score".to_owned(), score.into())));
         if !fields.is_empty() {
             self.run.record("evaluation", clock.step, clock.images, fields)?;
+            self.reporter.report(Event::Evaluated {
+                clock: &clock,
+                evaluation: &evaluation,
+            });
         }
-        self.reporter.report(Event::Evaluated {
-            clock: &clock,
-            evaluation: &evaluation,
-        });
         Ok(evaluation.score)
     }
 

@@ -16,10 +16,10 @@ pub enum TrainError {
     Recipe(#[from] RecipeError),
     /// Something is wrong with the pictures.
     #[error(transparent)]
-    Data(#[from] DataError),
+    Data(DataError),
     /// Something is wrong with a file of weights.
     #[error(transparent)]
-    Weights(#[from] WeightsError),
+    Weights(WeightsError),
     /// Something is wrong with what was to be scored.
     #[error(transparent)]
     Eval(#[from] EvalError),
@@ -133,6 +133,24 @@ pub enum TrainError {
     Invalid(String),
 }
 
+impl From<DataError> for TrainError {
+    fn from(error: DataError) -> Self {
+        match error {
+            DataError::Io { action, path, source } => Self::Io { action, path, source },
+            error => Self::Data(error),
+        }
+    }
+}
+
+impl From<WeightsError> for TrainError {
+    fn from(error: WeightsError) -> Self {
+        match error {
+            WeightsError::Io { action, path, source } => Self::Io { action, path, source },
+            error => Self::Weights(error),
+        }
+    }
+}
+
 impl TrainError {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
         let path = path.to_owned();
@@ -141,10 +159,7 @@ impl TrainError {
 
     /// Whether the disk, or the user's share of it, is full.
     pub(crate) fn is_disk_full(&self) -> bool {
-        match self {
-            Self::Io { source, .. } | Self::Weights(WeightsError::Io { source, .. }) => is_full(source),
-            _ => false,
-        }
+        matches!(self, Self::Io { source, .. } if is_full(source))
     }
 }
 

@@ -22,9 +22,9 @@
 //! 5. *One loss decides.* [`Report::loss`] must become non-finite when the stage diverges; penalties that may be
 //!    skipped when they are NaN must not be added to it.
 //!
-//! The constructor takes the [`Recipe`](crate::recipe::Recipe), the weights of the stage before it, the pictures
+//! The constructor takes the [`Recipe`], the weights of the stage before it, the pictures
 //! (`Arc<dyn Dataset>`, see [`sources`](crate::sources)), and a device, which it turns into `device.autodiff()`. Fresh weights come from
-//! [`schedule::seed`](crate::schedule::seed)`(recipe.seed, "prior, generator")`. [`loader_config`] and
+//! [`schedule::seed`]`(recipe.seed, "prior, generator")`. [`loader_config`] and
 //! [`images`] are the two helpers that every stage uses.
 
 use std::sync::Arc;
