@@ -3,6 +3,8 @@
 //! Data goes to standard output, everything else to standard error; the exit code is 0, 1 for a failure and 2
 //! for wrong usage.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
+// The modules of a program are seen by nobody else.
+#![allow(unreachable_pub)]
 
 use std::process::ExitCode;
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use burn::tensor::Device;
 use faceprior::data::files::{Durability, write_atomically};
-use faceprior::data::{Dataset, Image};
+use faceprior::data::Image;
 use faceprior::eval::plot::{roc_chart, score_histogram};
 use faceprior::eval::report::{Block, Picture, Report, Section, comparison_table};
 use faceprior::eval::verification::{Comparison, Protocol, Scored, Verification, compare, verify};

@@ -27,7 +27,7 @@ pub fn run(context: &Context, arguments: args::Model) -> Result<()> {
     let weights = Weights::read(&file)?;
     let shapes: Vec<(String, Vec<usize>)> = weights
         .names()
-        .filter_map(|name| Some((name.to_owned(), weights.get(name)?.shape.to_vec())))
+        .filter_map(|name| Some((name.to_owned(), weights.get(name)?.shape().to_vec())))
         .collect();
     let mut parts = BTreeMap::new();
     for (name, shape) in &shapes {
