@@ -135,31 +135,27 @@ impl Function<1> for Statistics {
     type Saved = ();
 
     fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, ()) {
-        let [n, blocks, h, w, _] = dims(&x);
-        let (planes, pixels, channels) = (n * blocks, h * w, self.channels);
-        // Squares are summed around each plane's own mean, which loses no digits to a large common mean, and planes
-        // are joined by Chan's rule.
-        let (_, [sums]) = pointwise(Isa::best(), pointwise::Sum {}, planes, [values(&x)], []);
-        let centres: Vec<_> = sums.iter().map(|sum| sum / pixels as f32).collect();
-        let (_, [squares]) = pointwise(
-            Isa::best(),
-            pointwise::SumSquares {},
-            planes,
-            [values(&x)],
-            [&centres],
-        );
+        let ([n, blocks, ..], channels) = (dims::<5>(&x), self.channels);
+        let planes = pointwise::moments(Isa::best(), n * blocks, values(&x));
         let mut statistics = vec![0.0; 2 * channels];
         for channel in 0..channels {
-            let of = |values: &[f32], picture: usize| f64::from(values[picture * blocks * BLOCK + channel]);
-            let over_pictures = |f: &dyn Fn(usize) -> f64| (0..n).map(f).sum::<f64>() / n as f64;
-            let mean = over_pictures(&|picture| of(&sums, picture) / pixels as f64);
-            let var = over_pictures(&|picture| {
-                // The centre is not quite the plane's mean, being rounded; both are moved to the common mean.
-                let (centre, plane_mean) = (of(&centres, picture), of(&sums, picture) / pixels as f64);
+            // Planes have equally many pixels, so that their moments join without weights (Chan et al. 1983).
+            let lane = channel % BLOCK;
+            let of_pictures = || {
+                planes.iter().skip(channel / BLOCK).step_by(blocks).map(|plane| {
+                    [plane.centre, plane.offset, plane.square].map(|moment| f64::from(moment[lane]))
+                })
+            };
+            let mean = of_pictures()
+                .map(|[centre, offset, _]| centre + offset)
+                .sum::<f64>()
+                / n as f64;
+            let squares = of_pictures().map(|[centre, offset, square]| {
                 let distance = centre - mean;
-                of(&squares, picture) / pixels as f64 + distance * (distance + 2.0 * (plane_mean - centre))
+                square + distance * (distance + 2.0 * offset)
             });
-            (statistics[channel], statistics[channels + channel]) = (mean as f32, var.max(0.0) as f32);
+            let var = (squares.sum::<f64>() / n as f64).max(0.0);
+            (statistics[channel], statistics[channels + channel]) = (mean as f32, var as f32);
         }
         (small_tensor(&statistics, [2, channels]), ())
     }

@@ -19,8 +19,9 @@ const ALIGN: usize = 64;
 /// A buffer of floats that goes back to the pool when dropped. Contents start as whatever was left there.
 #[derive(Debug)]
 pub(crate) struct Buffer {
-    start: NonNull<f32>,
-    /// Bytes of the allocation, a size class of the pool.
+    /// The allocation, up to [`ALIGN`] bytes before the buffer.
+    allocation: NonNull<u8>,
+    /// Bytes of the buffer, a size class of the pool.
     capacity: usize,
     /// Floats asked for.
     length: usize,
@@ -35,20 +36,27 @@ impl Buffer {
     /// Takes a buffer of `length` floats with unspecified values.
     pub(crate) fn take(length: usize) -> Self {
         let capacity = size_class(length * size_of::<f32>());
-        let start = match state().take(capacity) {
-            Some(Kept(start)) => start,
-            None => {
+        let kept = state().take(capacity);
+        let allocation = kept.map_or_else(
+            || {
                 let layout = layout(capacity);
                 // SAFETY: the layout is not empty. Zeroed, so that every float is initialised from the beginning.
-                let start = unsafe { alloc_zeroed(layout) };
-                NonNull::new(start.cast()).unwrap_or_else(|| handle_alloc_error(layout))
-            }
-        };
+                let allocation = unsafe { alloc_zeroed(layout) };
+                NonNull::new(allocation).unwrap_or_else(|| handle_alloc_error(layout))
+            },
+            |Kept(allocation)| allocation,
+        );
         Self {
-            start,
+            allocation,
             capacity,
             length,
         }
+    }
+
+    /// The first aligned float of the allocation.
+    fn start(&self) -> *mut f32 {
+        let allocation = self.allocation.as_ptr();
+        allocation.wrapping_add(allocation.align_offset(ALIGN)).cast()
     }
 
     /// Takes a buffer of `length` zeros.
@@ -70,21 +78,21 @@ impl std::ops::Deref for Buffer {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        // SAFETY: `start` is valid for `length` initialised floats and owned.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
+        // SAFETY: `start()` is valid for `length` initialised floats, which are owned.
+        unsafe { std::slice::from_raw_parts(self.start(), self.length) }
     }
 }
 
 impl std::ops::DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
         // SAFETY: as in `deref`, and `self` is borrowed exclusively.
-        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
+        unsafe { std::slice::from_raw_parts_mut(self.start(), self.length) }
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let given_back = state().give(self.capacity, Kept(self.start));
+        let given_back = state().give(self.capacity, Kept(self.allocation));
         release(given_back);
     }
 }
@@ -100,17 +108,17 @@ impl AllocationController for Buffer {
 
     unsafe fn memory_mut(&mut self, _policy: AccessPolicy) -> Result<&mut [MaybeUninit<u8>], AccessError> {
         // SAFETY: the whole allocation is valid and owned; the caller writes initialised bytes only.
-        Ok(unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.capacity) })
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.capacity) })
     }
 
     fn memory(&self, _policy: AccessPolicy) -> Result<&[MaybeUninit<u8>], AccessError> {
         // SAFETY: the whole allocation is valid and owned.
-        Ok(unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.capacity) })
+        Ok(unsafe { std::slice::from_raw_parts(self.start().cast(), self.capacity) })
     }
 }
 
 /// Memory that nobody uses at the moment.
-struct Kept(NonNull<f32>);
+struct Kept(NonNull<u8>);
 
 // SAFETY: kept memory belongs to the pool alone.
 unsafe impl Send for Kept {}
@@ -177,14 +185,17 @@ impl State {
 }
 
 fn release(memory: Vec<(usize, Kept)>) {
-    for (capacity, Kept(start)) in memory {
+    for (capacity, Kept(allocation)) in memory {
         // SAFETY: allocated by `Buffer::take` with this layout, and taken out of the pool for good.
-        unsafe { dealloc(start.as_ptr().cast(), layout(capacity)) }
+        unsafe { dealloc(allocation.as_ptr(), layout(capacity)) }
     }
 }
 
+/// Room to align the buffer by hand: zeroed memory of larger alignment than a word's the system allocator clears by
+/// itself, page by page, instead of leaving that to the first touch.
 fn layout(capacity: usize) -> Layout {
-    Layout::from_size_align(capacity, ALIGN).expect("a size class fits the address space")
+    Layout::from_size_align(capacity + ALIGN, size_of::<usize>())
+        .expect("a size class fits the address space")
 }
 
 /// Rounds up to one of eight sizes per power of two, at least a cache line.

@@ -3,6 +3,8 @@
 //! All of them share [`pointwise`]: a loop over planes of sixteen channels that reads some maps, writes one, and adds
 //! up terms. What is done to a value is an [`Op`].
 
+use rayon::prelude::*;
+
 use super::lanes::{Isa, Kernel, Lanes};
 use super::{BLOCK, Shared, parallel};
 use crate::pool::Buffer;
@@ -130,6 +132,71 @@ where
     }
 }
 
+/// Moments of each channel over one plane.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moments {
+    /// About the mean, rounded as it is.
+    pub(crate) centre: [f32; BLOCK],
+    /// Mean distance from the centre: what rounding took from it.
+    pub(crate) offset: [f32; BLOCK],
+    /// Mean squared distance from the centre.
+    pub(crate) square: [f32; BLOCK],
+}
+
+/// The moments of all planes, taken in two passes while a plane is in the cache. Distances from the plane's own centre
+/// lose no digits to a large common mean.
+pub(crate) fn moments(isa: Isa, planes: usize, x: &[f32]) -> Vec<Moments> {
+    let plane = x.len() / planes;
+    x.par_chunks_exact(plane)
+        .map(|x| isa.run(PlaneMoments { x }))
+        .collect()
+}
+
+struct PlaneMoments<'a> {
+    x: &'a [f32],
+}
+
+impl Kernel for PlaneMoments<'_> {
+    type Output = Moments;
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) -> Moments {
+        let (x, length) = (self.x.as_ptr(), self.x.len());
+        let mut moments = Moments {
+            centre: [0.0; BLOCK],
+            offset: [0.0; BLOCK],
+            square: [0.0; BLOCK],
+        };
+        // SAFETY: the caller promises the instructions; a plane is a whole number of vectors.
+        unsafe {
+            let scale = L::splat(BLOCK as f32 / length as f32);
+            let mut centre = L::zero();
+            for first in (0..length).step_by(SUM_VECTORS * BLOCK) {
+                let mut sum = L::zero();
+                for at in (first..length.min(first + SUM_VECTORS * BLOCK)).step_by(BLOCK) {
+                    sum = sum.add(L::load(x.wrapping_add(at)));
+                }
+                centre = sum.mul_add(scale, centre);
+            }
+            let (mut offset, mut square) = (L::zero(), L::zero());
+            for first in (0..length).step_by(SUM_VECTORS * BLOCK) {
+                let (mut distances, mut squares) = (L::zero(), L::zero());
+                for at in (first..length.min(first + SUM_VECTORS * BLOCK)).step_by(BLOCK) {
+                    let distance = L::load(x.wrapping_add(at)).sub(centre);
+                    distances = distances.add(distance);
+                    squares = distance.mul_add(distance, squares);
+                }
+                offset = distances.mul_add(scale, offset);
+                square = squares.mul_add(scale, square);
+            }
+            centre.store(moments.centre.as_mut_ptr());
+            offset.store(moments.offset.as_mut_ptr());
+            square.store(moments.square.as_mut_ptr());
+        }
+        moments
+    }
+}
+
 /// Adds up sums `[N][channels]` of pictures, in order.
 pub(crate) fn over_pictures(sums: &[f32], channels: usize) -> Vec<f32> {
     let padded = channels.next_multiple_of(BLOCK);
@@ -199,14 +266,6 @@ op! {
     /// The sum over a plane.
     Sum {} <1, 0, 1> writes false |_op, [x], [], [sum]| {
         *sum = sum.add(x);
-        x
-    }
-}
-op! {
-    /// The sum over a plane of squared distances from a centre.
-    SumSquares {} <1, 1, 1> writes false |_op, [x], [centre], [sum]| {
-        let distance = x.sub(centre);
-        *sum = distance.mul_add(distance, *sum);
         x
     }
 }
