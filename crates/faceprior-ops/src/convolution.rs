@@ -6,7 +6,7 @@ use burn_flex::FlexTensor;
 use crate::backend::{Function, apply2, dims, tensor, values};
 use crate::kernels::direct::{self, Geometry};
 use crate::kernels::winograd::{self, Shape};
-use crate::kernels::{BLOCK, Isa};
+use crate::kernels::{BLOCK, Isa, depthwise};
 use crate::pool::Buffer;
 use crate::{FeatureMap, reference, scale_channels};
 
@@ -155,7 +155,7 @@ impl Function<2> for Convolution {
         match self.algorithm(geometry) {
             Algorithm::Winograd(shape) => winograd::forward(isa, shape, from, taps, &mut y),
             Algorithm::Direct(geometry) => direct::forward(isa, geometry, from, taps, &mut y),
-            Algorithm::Depthwise(geometry) => direct::depthwise_forward(isa, geometry, from, taps, &mut y),
+            Algorithm::Depthwise(geometry) => depthwise::forward(isa, geometry, from, taps, &mut y),
         }
         (tensor(y, [geometry.n, blocks, oh, ow, BLOCK]), [x, weight])
     }
@@ -175,7 +175,7 @@ impl Function<2> for Convolution {
                 Algorithm::Winograd(shape) => winograd::data_gradient(isa, shape, gradient, taps, &mut dx),
                 Algorithm::Direct(geometry) => direct::data_gradient(isa, geometry, gradient, taps, &mut dx),
                 Algorithm::Depthwise(geometry) => {
-                    direct::depthwise_data_gradient(isa, geometry, gradient, taps, &mut dx)
+                    depthwise::data_gradient(isa, geometry, gradient, taps, &mut dx)
                 }
             }
             tensor(dx, dims::<5>(&x))
@@ -188,7 +188,7 @@ impl Function<2> for Convolution {
                     direct::weight_gradient(isa, geometry, from, gradient, &mut dw)
                 }
                 Algorithm::Depthwise(geometry) => {
-                    direct::depthwise_weight_gradient(isa, geometry, from, gradient, &mut dw)
+                    depthwise::weight_gradient(isa, geometry, from, gradient, &mut dw)
                 }
             }
             tensor(dw, dims::<4>(&weight))

@@ -1,4 +1,4 @@
-//! Convolution of any kernel and stride as an implicit matrix product, and depthwise convolution.
+//! Convolution of any kernel and stride as an implicit matrix product.
 //!
 //! Rows of the product are neighbouring pixels, columns are output channels, and the inner dimension runs over the
 //! kernel's taps and the input channels: nothing is unrolled in memory, the register tile finds each tap's pixels by
@@ -31,7 +31,7 @@ impl Geometry {
         [along(self.h, kh), along(self.w, kw)]
     }
 
-    fn in_blocks(self) -> usize {
+    pub(super) fn in_blocks(self) -> usize {
         self.i.div_ceil(BLOCK)
     }
 
@@ -39,7 +39,7 @@ impl Geometry {
         self.o.div_ceil(BLOCK)
     }
 
-    fn taps(self) -> usize {
+    pub(super) fn taps(self) -> usize {
         self.kernel[0] * self.kernel[1]
     }
 
@@ -66,25 +66,25 @@ impl Geometry {
 }
 
 /// Planes of blocked pixels, with a border of zeros if one was asked for.
-struct Padded<'a> {
+pub(super) struct Padded<'a> {
     x: &'a [f32],
     padded: Option<Buffer>,
-    h: usize,
-    w: usize,
+    pub(super) h: usize,
+    pub(super) w: usize,
 }
 
 impl Padded<'_> {
-    fn as_ptr(&self) -> *const f32 {
-        self.padded.as_deref().unwrap_or(self.x).as_ptr()
+    pub(super) fn values(&self) -> &[f32] {
+        self.padded.as_deref().unwrap_or(self.x)
     }
 
-    fn plane(&self) -> usize {
+    pub(super) fn plane(&self) -> usize {
         self.h * self.w * BLOCK
     }
 }
 
 /// Wraps `before` and `after` rows and columns of zeros around each plane.
-fn pad(x: &[f32], h: usize, w: usize, before: [usize; 2], after: [usize; 2]) -> Padded<'_> {
+pub(super) fn pad(x: &[f32], h: usize, w: usize, before: [usize; 2], after: [usize; 2]) -> Padded<'_> {
     let (padded_h, padded_w) = (before[0] + h + after[0], before[1] + w + after[1]);
     if (padded_h, padded_w) == (h, w) {
         return Padded {
@@ -219,7 +219,7 @@ pub(crate) fn forward(isa: Isa, geometry: Geometry, x: &[f32], weight: &[f32], y
         .map(|tap| (tap, (tap / g.kernel[1] * source.w + tap % g.kernel[1]) * BLOCK))
         .collect();
     let product = Product {
-        source: source.as_ptr() as usize,
+        source: source.values(),
         source_blocks: g.in_blocks(),
         source_plane: source.plane(),
         source_row: g.stride * source.w * BLOCK,
@@ -284,7 +284,7 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
                 })
                 .collect();
             let product = Product {
-                source: source.as_ptr() as usize,
+                source: source.values(),
                 source_blocks: g.out_blocks(),
                 source_plane: source.plane(),
                 source_row: source.w * BLOCK,
@@ -309,8 +309,8 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
 /// An implicit product over padded planes: for each output pixel, the sum over taps and source channels.
 #[derive(Clone, Copy)]
 struct Product<'a> {
-    /// Address of the padded source (as a number, since pointers do not cross threads).
-    source: usize,
+    /// Padded planes.
+    source: &'a [f32],
     source_blocks: usize,
     source_plane: usize,
     source_row: usize,
@@ -407,7 +407,10 @@ impl Kernel for ProductTask<'_> {
         // SAFETY: the caller promises the instructions. The source is padded so that every tap of every output pixel
         // lies inside it; tasks write disjoint pixels and channels of `y`.
         unsafe {
-            let source = (p.source as *const f32).wrapping_add(picture * p.source_blocks * p.source_plane);
+            let source = p
+                .source
+                .as_ptr()
+                .wrapping_add(picture * p.source_blocks * p.source_plane);
             let b = p.panels.values.as_ptr().wrapping_add(group_start);
             let first_plane = (picture * p.blocks + group * L::TILE_BLOCKS) * p.plane;
             for row in rows {
@@ -449,13 +452,12 @@ pub(crate) fn weight_gradient(isa: Isa, geometry: Geometry, x: &[f32], dy: &[f32
     let mut sums = Buffer::take(parts * size);
     let shared = Shared::new(&mut sums);
     let groups = g.out_blocks().div_ceil(isa.tile_blocks());
-    let address = source.as_ptr() as usize;
     let (source_plane, source_w) = (source.plane(), source.w);
     parallel(parts * groups, |task| {
         let (part, group) = (task / groups, task % groups);
         isa.run(WeightGradientTask {
             geometry: g,
-            source: address,
+            source: source.values(),
             source_plane,
             source_w,
             dy,
@@ -529,7 +531,7 @@ impl Kernel for SumParts<'_> {
 
 struct WeightGradientTask<'a> {
     geometry: Geometry,
-    source: usize,
+    source: &'a [f32],
     source_plane: usize,
     source_w: usize,
     dy: &'a [f32],
@@ -584,7 +586,9 @@ impl Kernel for WeightGradientTask<'_> {
             let chunk_pixels = ow.min(4 * CHUNK_PIXELS);
             let mut offsets = Vec::with_capacity(chunk_rows);
             for picture in pictures {
-                let source = (source as *const f32).wrapping_add(picture * g.in_blocks() * source_plane);
+                let source = source
+                    .as_ptr()
+                    .wrapping_add(picture * g.in_blocks() * source_plane);
                 let dy = dy
                     .as_ptr()
                     .wrapping_add((picture * g.out_blocks() + group * L::TILE_BLOCKS) * plane);
@@ -608,195 +612,6 @@ impl Kernel for WeightGradientTask<'_> {
                                 multiply::<L>(rows, blocks, runs, strides, a, dy, c, true);
                             }
                         }
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Depthwise convolution: channel `c` of the output from channel `c` of the input. `weight` is `[C, 1, kh, kw]`.
-pub(crate) fn depthwise_forward(isa: Isa, g: Geometry, x: &[f32], weight: &[f32], y: &mut [f32]) {
-    let [oh, ow] = g.outputs();
-    assert_eq!(x.len(), g.n * g.in_blocks() * g.h * g.w * BLOCK);
-    assert_eq!(y.len(), g.n * g.in_blocks() * oh * ow * BLOCK);
-    let source = pad(x, g.h, g.w, [g.padding; 2], [g.padding; 2]);
-    let taps = pack_depthwise(g, weight);
-    let (address, plane, source_w, y) = (source.as_ptr() as usize, source.plane(), source.w, Shared::new(y));
-    parallel(g.n * g.in_blocks(), |index| {
-        let taps = &taps[index % g.in_blocks() * g.taps() * BLOCK..];
-        isa.run(DepthwiseTask {
-            g,
-            source: address,
-            plane,
-            source_w,
-            taps,
-            y,
-            index,
-            pass: Pass::Forward,
-        });
-    });
-}
-
-/// The gradient of a depthwise convolution's input.
-pub(crate) fn depthwise_data_gradient(isa: Isa, g: Geometry, dy: &[f32], weight: &[f32], dx: &mut [f32]) {
-    assert_eq!(dx.len(), g.n * g.in_blocks() * g.h * g.w * BLOCK);
-    // Products are scattered into a padded plane, whose border is then cut off.
-    let (padded_h, padded_w) = (g.h + 2 * g.padding, g.w + 2 * g.padding);
-    let plane = padded_h * padded_w * BLOCK;
-    let taps = pack_depthwise(g, weight);
-    let (planes, row) = (g.h * g.w * BLOCK, g.w * BLOCK);
-    let dx = Shared::new(dx);
-    parallel(g.n * g.in_blocks(), |index| {
-        let mut scattered = Buffer::zeroed(plane);
-        let y = Shared::new(&mut scattered);
-        let taps = &taps[index % g.in_blocks() * g.taps() * BLOCK..];
-        let [oh, ow] = g.outputs();
-        let source = dy[index * oh * ow * BLOCK..].as_ptr() as usize;
-        isa.run(DepthwiseTask {
-            g,
-            source,
-            plane,
-            source_w: padded_w,
-            taps,
-            y,
-            index: 0,
-            pass: Pass::Scatter,
-        });
-        for (line, from) in scattered
-            .chunks_exact(padded_w * BLOCK)
-            .skip(g.padding)
-            .take(g.h)
-            .enumerate()
-        {
-            // SAFETY: each task writes the plane of its index.
-            let to = unsafe { std::slice::from_raw_parts_mut(dx.at(index * planes + line * row), row) };
-            to.copy_from_slice(&from[g.padding * BLOCK..g.padding * BLOCK + row]);
-        }
-    });
-}
-
-/// The gradient of a depthwise convolution's weight.
-pub(crate) fn depthwise_weight_gradient(isa: Isa, g: Geometry, x: &[f32], dy: &[f32], dw: &mut [f32]) {
-    assert_eq!(x.len(), g.n * g.in_blocks() * g.h * g.w * BLOCK);
-    assert_eq!(dw.len(), g.i * g.taps());
-    let source = pad(x, g.h, g.w, [g.padding; 2], [g.padding; 2]);
-    let (address, plane, source_w) = (source.as_ptr() as usize, source.plane(), source.w);
-    let size = g.taps() * BLOCK;
-    let mut sums = Buffer::take(g.n * g.in_blocks() * size);
-    let y = Shared::new(&mut sums);
-    parallel(g.n * g.in_blocks(), |index| {
-        isa.run(DepthwiseTask {
-            g,
-            source: address,
-            plane,
-            source_w,
-            taps: dy,
-            y,
-            index,
-            pass: Pass::Weight,
-        });
-    });
-    for (at, dw) in dw.iter_mut().enumerate() {
-        let (channel, tap) = (at / g.taps(), at % g.taps());
-        let lane = tap * BLOCK + channel % BLOCK;
-        *dw = (0..g.n)
-            .map(|n| sums[(n * g.in_blocks() + channel / BLOCK) * size + lane])
-            .sum();
-    }
-}
-
-/// `[⌈C/16⌉][tap][16]`.
-fn pack_depthwise(g: Geometry, weight: &[f32]) -> Vec<f32> {
-    assert_eq!(weight.len(), g.i * g.taps());
-    let mut packed = vec![0.0; g.in_blocks() * BLOCK * g.taps()];
-    for (index, value) in weight.iter().enumerate() {
-        let (channel, tap) = (index / g.taps(), index % g.taps());
-        packed[(channel / BLOCK * g.taps() + tap) * BLOCK + channel % BLOCK] = *value;
-    }
-    packed
-}
-
-#[derive(Clone, Copy)]
-enum Pass {
-    /// Source: padded input; `taps`: weights; `y`: output.
-    Forward,
-    /// Source: a plane of the output's gradient; `taps`: weights; `y`: padded gradient of the input, zero before.
-    Scatter,
-    /// Source: padded input; `taps`: gradient of the output; `y`: sums `[index][tap][16]`.
-    Weight,
-}
-
-/// One plane of a depthwise convolution.
-struct DepthwiseTask<'a> {
-    g: Geometry,
-    source: usize,
-    plane: usize,
-    source_w: usize,
-    taps: &'a [f32],
-    y: Shared,
-    index: usize,
-    pass: Pass,
-}
-
-impl Kernel for DepthwiseTask<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<L: Lanes>(self) {
-        let Self {
-            g,
-            source,
-            plane,
-            source_w,
-            taps,
-            y,
-            index,
-            pass,
-        } = self;
-        let ([oh, ow], [_, kw]) = (g.outputs(), g.kernel);
-        let offset = |tap: usize| (tap / kw * source_w + tap % kw) * BLOCK;
-        let pixel = |oy: usize, ox: usize| (oy * source_w + ox) * g.stride * BLOCK;
-        // SAFETY: the caller promises the instructions; planes are padded so that every tap lies inside; tasks write
-        // disjoint planes.
-        unsafe {
-            match pass {
-                Pass::Forward => {
-                    let (from, to) = (
-                        (source as *const f32).wrapping_add(index * plane),
-                        y.at(index * oh * ow * BLOCK),
-                    );
-                    for (oy, ox) in (0..oh).flat_map(|oy| (0..ow).map(move |ox| (oy, ox))) {
-                        let from = from.wrapping_add(pixel(oy, ox));
-                        let mut sum = L::zero();
-                        for tap in 0..g.taps() {
-                            let weight = L::load(taps.as_ptr().wrapping_add(tap * BLOCK));
-                            sum = L::load(from.wrapping_add(offset(tap))).mul_add(weight, sum);
-                        }
-                        sum.store(to.wrapping_add((oy * ow + ox) * BLOCK));
-                    }
-                }
-                Pass::Scatter => {
-                    let from = source as *const f32;
-                    for (oy, ox) in (0..oh).flat_map(|oy| (0..ow).map(move |ox| (oy, ox))) {
-                        let dy = L::load(from.wrapping_add((oy * ow + ox) * BLOCK));
-                        for tap in 0..g.taps() {
-                            let to = y.at(pixel(oy, ox) + offset(tap));
-                            dy.mul_add(L::load(taps.as_ptr().wrapping_add(tap * BLOCK)), L::load(to))
-                                .store(to);
-                        }
-                    }
-                }
-                Pass::Weight => {
-                    let from = (source as *const f32).wrapping_add(index * plane);
-                    let dy = taps.as_ptr().wrapping_add(index * oh * ow * BLOCK);
-                    for tap in 0..g.taps() {
-                        let mut sum = L::zero();
-                        for (oy, ox) in (0..oh).flat_map(|oy| (0..ow).map(move |ox| (oy, ox))) {
-                            let x = L::load(from.wrapping_add(pixel(oy, ox) + offset(tap)));
-                            sum = x.mul_add(L::load(dy.wrapping_add((oy * ow + ox) * BLOCK)), sum);
-                        }
-                        sum.store(y.at((index * g.taps() + tap) * BLOCK));
                     }
                 }
             }
@@ -860,62 +675,6 @@ mod tests {
                 let mut dw = vec![f32::NAN; weight.len()];
                 weight_gradient(isa, g, &blocked_x, &blocked_dy, &mut dw);
                 let error = relative_rms(&dw, &exact_dw);
-                assert!(
-                    error < BOUND,
-                    "{isa:?} {g:?}: weight gradient is off by {error:.1e}"
-                );
-            }
-        }
-    }
-
-    /// A depthwise convolution is an ordinary one whose weight is zero between different channels.
-    #[test]
-    fn depthwise_agrees_with_float64_on_every_instruction_set() {
-        for isa in Isa::available() {
-            for (n, c, h, w, kernel, stride, padding) in [
-                (2, 20, 7, 6, [3, 3], 1, 1),
-                (1, 32, 8, 9, [3, 3], 2, 1),
-                (2, 16, 7, 6, [7, 6], 1, 0),
-            ] {
-                let g = Geometry {
-                    n,
-                    i: c,
-                    o: c,
-                    h,
-                    w,
-                    kernel,
-                    stride,
-                    padding,
-                };
-                let [oh, ow] = g.outputs();
-                let (x, weight) = (normal(n * c * h * w, 1), normal(c * g.taps(), 2));
-                let dy = normal(n * c * oh * ow, 3);
-                let mut full = vec![0.0; c * c * g.taps()];
-                for (channel, taps) in weight.chunks_exact(g.taps()).enumerate() {
-                    full[channel * (c + 1) * g.taps()..][..g.taps()].copy_from_slice(taps);
-                }
-                let (blocked_x, blocked_dy) = (block(&x, n, c, h * w), block(&dy, n, c, oh * ow));
-
-                let mut y = vec![f32::NAN; blocked_dy.len()];
-                depthwise_forward(isa, g, &blocked_x, &weight, &mut y);
-                let error = relative_rms(&unblock(&y, n, c, oh * ow), &naive_forward(g, &x, &full));
-                assert!(error < BOUND, "{isa:?} {g:?}: forward is off by {error:.1e}");
-
-                let (exact_dx, exact_dw) = naive_gradients(g, &x, &full, &dy);
-                let mut dx = vec![f32::NAN; blocked_x.len()];
-                depthwise_data_gradient(isa, g, &blocked_dy, &weight, &mut dx);
-                let error = relative_rms(&unblock(&dx, n, c, h * w), &exact_dx);
-                assert!(
-                    error < BOUND,
-                    "{isa:?} {g:?}: data gradient is off by {error:.1e}"
-                );
-
-                let mut dw = vec![f32::NAN; weight.len()];
-                depthwise_weight_gradient(isa, g, &blocked_x, &blocked_dy, &mut dw);
-                let exact: Vec<_> = (0..c)
-                    .flat_map(|channel| exact_dw[channel * (c + 1) * g.taps()..][..g.taps()].to_vec())
-                    .collect();
-                let error = relative_rms(&dw, &exact);
                 assert!(
                     error < BOUND,
                     "{isa:?} {g:?}: weight gradient is off by {error:.1e}"
