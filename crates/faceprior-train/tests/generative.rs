@@ -144,8 +144,7 @@ fn the_path_from_the_prior_to_the_recogniser_is_whole() {
 }
 
 #[test]
-fn the_prior_starts_from_its_export_alone() {
-    // A stage is a function of recipe and pictures: nothing else, such as a first read of lazy weights, may matter.
+fn a_fresh_prior_follows_from_its_recipe() {
     let recipe = recipe(&[]);
     let (one, other) = (fresh_prior(&recipe), fresh_prior(&recipe));
     for name in [
@@ -171,6 +170,17 @@ fn exports_of_something_else_are_refused() {
     };
     assert!(error(&discriminator, &discriminator).contains("it holds discriminator, expected generator"));
     assert!(error(&generator, &generator).contains("it holds generator, expected discriminator"));
+    let huge = PriorStage::new(
+        &self::recipe(&["prior.latent_dim=100000"]),
+        faces(),
+        &Device::flex(),
+    );
+    assert!(
+        huge.err()
+            .unwrap()
+            .to_string()
+            .contains("prior.latent_dim is 100000, expected 1 to 8192")
+    );
 }
 
 #[test]

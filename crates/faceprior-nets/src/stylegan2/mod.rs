@@ -25,7 +25,7 @@ pub mod regularizers;
 mod synthesis;
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor, activation};
+use burn::tensor::{Device, Tensor, TensorData, activation};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
@@ -195,7 +195,7 @@ impl Generator {
     }
 
     /// Builds the generator that the file describes. What else an exported prior holds, and the port's filter
-    /// kernels, are not looked at.
+    /// kernels, are not looked at; the port's noise strengths without a dimension are taken.
     ///
     /// # Errors
     /// [`WeightsError`] if the file holds something else or not all of it.
@@ -205,10 +205,16 @@ impl Generator {
             origin: weights.origin(),
             problem,
         })?;
-        let fresh = config.init(&mut Init::new(0, device));
-        weights
-            .subset(|name| !name.ends_with(".kernel") && ![LATENT_AVG, AVERAGE_IMAGE].contains(&name))
-            .load_into(fresh, "")
+        let mut weights =
+            weights.subset(|name| !name.ends_with(".kernel") && ![LATENT_AVG, AVERAGE_IMAGE].contains(&name));
+        let names: Vec<String> = weights.names().map(str::to_owned).collect();
+        for name in names.iter().filter(|name| name.ends_with(".noise_strength")) {
+            let scalar = weights.get(name).filter(|data| data.shape().is_empty());
+            if let Some(number) = scalar.and_then(|data| data.as_slice::<f32>().ok()?.first().copied()) {
+                weights.insert(name, TensorData::new(vec![number], [1]));
+            }
+        }
+        weights.load_into(config.init(&mut Init::new(0, device)), "")
     }
 }
 
@@ -429,6 +435,20 @@ mod tests {
         assert_eq!(
             values(again.generator.picture_of(again.latent_avg)),
             values(again.average_image)
+        );
+
+        // As the port writes it: strengths without a dimension, filter kernels among the parameters.
+        let mut port = weights.clone();
+        let strength = "synthesis.blocks.0.conv1.noise_strength";
+        port.insert(strength, TensorData::new(vec![0.5f32], Vec::<usize>::new()));
+        port.insert(
+            "synthesis.blocks.0.resampler.kernel",
+            TensorData::new(vec![0.0f32; 16], [4, 4]),
+        );
+        let again = Generator::from_weights(&port, &device).unwrap();
+        assert_eq!(
+            values(again.synthesis.blocks[0].conv1.noise_strength.val()),
+            [0.5]
         );
 
         let error = Discriminator::from_weights(&weights, &device)

@@ -36,6 +36,7 @@ pub fn normal<const D: usize>(rng: &mut impl Rng, shape: [usize; D], device: &De
 ///
 /// A clone of `Random` repeats its draws, so that two passes can share their noise.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one is made for a whole forward pass")]
 pub enum Noise {
     /// Fresh numbers for each picture, drawn layer by layer.
     Random(ChaCha8Rng),
@@ -50,7 +51,7 @@ pub enum Noise {
 pub struct SynthesisLayer {
     /// `[O, I, 3, 3]`, unit normal; demodulation makes a scale superfluous.
     pub weight: Param<Tensor<4>>,
-    /// `[1]`, starts at 0.
+    /// `[1]`, starts at 0. The port's has no dimension; PyTorch loads either into the other.
     pub noise_strength: Param<Tensor<1>>,
     /// `[O]`, starts at 0.
     pub bias: Param<Tensor<1>>,

@@ -71,7 +71,7 @@ impl PriorStage {
     /// Stage 1 on unlabelled pictures.
     ///
     /// # Errors
-    /// None at present; pictures are read when they are needed.
+    /// Sizes in `[prior]` that no network can have.
     pub fn new(recipe: &Recipe, dataset: Arc<dyn Dataset>, device: &Device) -> Result<Self, TrainError> {
         let device = device.clone().autodiff();
         let settings = recipe.prior.clone();
@@ -83,21 +83,26 @@ impl PriorStage {
             channel_max,
             ..
         } = settings;
-        let init = |part| Init::new(schedule::seed(recipe.seed, part), &device);
         let generator = GeneratorConfig {
             resolution,
             latent_dim,
             mapping_layers,
             channel_base,
             channel_max,
-        }
-        .init(&mut init("prior, generator"));
+        };
         let discriminator = DiscriminatorConfig {
             resolution,
             channel_base,
             channel_max,
-        }
-        .init(&mut init("prior, discriminator"));
+        };
+        let invalid = |problem| TrainError::Invalid(format!("prior.{problem}"));
+        generator
+            .check()
+            .and_then(|()| discriminator.check())
+            .map_err(invalid)?;
+        let init = |part| Init::new(schedule::seed(recipe.seed, part), &device);
+        let generator = generator.init(&mut init("prior, generator"));
+        let discriminator = discriminator.init(&mut init("prior, discriminator"));
         Ok(Self {
             seed: recipe.seed,
             data: recipe.data.clone(),
