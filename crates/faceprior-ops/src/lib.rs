@@ -10,6 +10,17 @@
 //! Layers that a forward-mode tangent crosses (R1 and path-length regularisation need second derivatives, Burn's
 //! autodiff gives first ones) have a second form of the same name in [`dual`].
 //!
+//! ```
+//! use burn::tensor::{Device, Tensor};
+//! use faceprior_ops::{Conv2dOptions, FeatureMap, conv2d, relu};
+//!
+//! let device = Device::flex();
+//! let images = Tensor::<4>::zeros([2, 3, 32, 32], &device);
+//! let weight = Tensor::<4>::ones([16, 3, 3, 3], &device);
+//! let features = relu(conv2d(FeatureMap::from_nchw(images), weight, Conv2dOptions::same3x3()));
+//! assert_eq!(features.dims(), [2, 16, 32, 32]);
+//! ```
+//!
 //! # Axis legend
 //!
 //! `N` pictures, `C` channels (`I` in, `O` out of a convolution), `H` rows, `W` columns, `b` channels in a block.

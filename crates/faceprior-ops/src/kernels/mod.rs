@@ -1,6 +1,6 @@
 //! CPU kernels on plain slices; nothing here knows Burn.
 //!
-//! Activations are in the blocked layout `[N, C/16, H, W, 16]`. Each kernel is written once over [`Lanes`], sixteen
+//! Activations are in the blocked layout `[N, C/16, H, W, 16]`. Each kernel is written once over [`lanes::Lanes`], sixteen
 //! floats, and compiled for AVX-512, for AVX2 with FMA and for any other processor; [`Isa`] picks one at run time.
 //!
 //! Work is split between rayon's threads so that no sum depends on how many there are: each output is computed by one

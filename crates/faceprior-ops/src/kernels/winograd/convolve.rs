@@ -1,0 +1,283 @@
+//! The convolution and its data gradient, chunk by chunk of tiles.
+
+#![allow(
+    clippy::needless_range_loop,
+    reason = "columns of matrices are filled one by one"
+)]
+
+use super::super::lanes::{Isa, Kernel, Lanes};
+use super::super::tile::{Runs, Strides, multiply};
+use super::super::weights::{Columns, WeightShape, WeightTile};
+use super::super::{Shared, parallel};
+use super::matrices::kernel_to_points;
+use super::tiles::{transform_input, transform_output};
+use super::{BLOCK, EDGE, POINTS, Shape};
+use crate::pool::Buffer;
+
+/// The convolution of `x` `[N, ⌈I/16⌉, H, W, 16]` with `weight` `[O, I, 3, 3]` into `y` `[N, ⌈O/16⌉, H, W, 16]`.
+pub(crate) fn forward(isa: Isa, shape: Shape, x: &[f32], weight: &[f32], y: &mut [f32]) {
+    convolve(
+        isa,
+        shape,
+        Taps {
+            weight,
+            shape: shape.weight(),
+            columns: Columns::Outputs,
+        },
+        x,
+        y,
+    );
+}
+
+/// The gradient of the input, `dx`, from the gradient of the output, `dy`: a convolution with the flipped kernel.
+pub(crate) fn data_gradient(isa: Isa, shape: Shape, dy: &[f32], weight: &[f32], dx: &mut [f32]) {
+    let taps = Taps {
+        weight,
+        shape: shape.weight(),
+        columns: Columns::Inputs,
+    };
+    convolve(
+        isa,
+        Shape {
+            i: shape.o,
+            o: shape.i,
+            ..shape
+        },
+        taps,
+        dy,
+        dx,
+    );
+}
+
+/// A weight, and the side of it that is the convolution's output.
+#[derive(Clone, Copy)]
+struct Taps<'a> {
+    weight: &'a [f32],
+    shape: WeightShape,
+    columns: Columns,
+}
+
+fn convolve(isa: Isa, shape: Shape, taps: Taps, x: &[f32], y: &mut [f32]) {
+    let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
+    assert_eq!(x.len(), shape.n * in_blocks * shape.plane());
+    assert_eq!(y.len(), shape.n * out_blocks * shape.plane());
+    assert_eq!(taps.weight.len(), shape.i * shape.o * 9);
+    let transformed = transform_weight(isa, taps);
+    let groups = out_blocks.div_ceil(isa.tile_blocks());
+
+    // A chunk's transformed inputs should stay in the second-level cache, but the transformed weights, which stream
+    // past once per chunk, must be worth their way.
+    let inputs = in_blocks * BLOCK;
+    let wanted = (CHUNK_FLOATS / (POINTS * inputs)).clamp(MIN_CHUNK_TILES, MAX_CHUNK_TILES);
+    let threads = rayon::current_num_threads();
+    let chunks = shape
+        .tiles()
+        .div_ceil(wanted)
+        .next_multiple_of(threads)
+        .min(shape.tiles());
+    let chunk_tiles = shape.tiles().div_ceil(chunks);
+    let chunks = shape.tiles().div_ceil(chunk_tiles);
+    // Too few chunks for all threads: tasks share a chunk, each for some of the output channels.
+    let splits = (threads / chunks).clamp(1, groups);
+    let split_groups = groups.div_ceil(splits);
+
+    let y = Shared::new(y);
+    parallel(chunks * splits, |task| {
+        let first_tile = task / splits * chunk_tiles;
+        let first_group = task % splits * split_groups;
+        isa.run(Chunk {
+            shape,
+            x,
+            weight: &transformed,
+            y,
+            first_tile,
+            tiles: chunk_tiles.min(shape.tiles() - first_tile),
+            first_group,
+            last_group: (first_group + split_groups).min(groups),
+        });
+    });
+}
+
+const CHUNK_FLOATS: usize = 128 << 10;
+const MIN_CHUNK_TILES: usize = 30;
+const MAX_CHUNK_TILES: usize = 60;
+
+/// `G g Gᵀ` for all pairs of channels, as `[group of output blocks][36][I][blocks·16]`.
+fn transform_weight(isa: Isa, taps: Taps) -> Buffer {
+    let (outputs, inputs) = taps.columns.sides(taps.shape);
+    let (in_blocks, out_blocks) = (inputs.div_ceil(BLOCK), outputs.div_ceil(BLOCK));
+    let mut transformed = Buffer::take(POINTS * in_blocks * out_blocks * BLOCK * BLOCK);
+    let to = Shared::new(&mut transformed);
+    let groups = out_blocks.div_ceil(isa.tile_blocks());
+    parallel(groups * in_blocks, |task| {
+        isa.run(WeightBlock {
+            taps,
+            to,
+            group: task / in_blocks,
+            in_block: task % in_blocks,
+        })
+    });
+    transformed
+}
+
+/// The transformed taps of a group of output blocks and one input block.
+struct WeightBlock<'a> {
+    taps: Taps<'a>,
+    to: Shared,
+    group: usize,
+    in_block: usize,
+}
+
+impl Kernel for WeightBlock<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            taps: Taps {
+                weight,
+                shape,
+                columns,
+            },
+            to,
+            group,
+            in_block,
+        } = self;
+        let (outputs, inputs) = columns.sides(shape);
+        let (out_blocks, inputs) = (outputs.div_ceil(BLOCK), inputs.next_multiple_of(BLOCK));
+        let first_block = group * L::TILE_BLOCKS;
+        let blocks = L::TILE_BLOCKS.min(out_blocks - first_block);
+        let width = blocks * BLOCK;
+        let start = POINTS * inputs * first_block * BLOCK + in_block * BLOCK * width;
+        let mut tile = WeightTile::new(shape);
+        for block in 0..blocks {
+            // SAFETY: the caller promises the instructions.
+            unsafe { columns.read::<L>(&mut tile, weight, first_block + block, in_block) };
+            for lane in 0..BLOCK {
+                let to = to.at(start + lane * width + block * BLOCK);
+                // SAFETY: the caller promises the instructions. This task alone writes the columns of its group in
+                // the rows of its input block, which lie inside the buffer by its size.
+                unsafe {
+                    let mut half = [[L::zero(); 3]; EDGE];
+                    for column in 0..3 {
+                        let mut g = [L::zero(); 3];
+                        for (row, g) in g.iter_mut().enumerate() {
+                            let tap = row * 3 + column;
+                            let tap = if columns == Columns::Inputs { 8 - tap } else { tap };
+                            *g = L::load(columns.row(&mut tile, lane, tap).as_ptr());
+                        }
+                        for (row, value) in kernel_to_points(g).into_iter().enumerate() {
+                            half[row][column] = value;
+                        }
+                    }
+                    for (row, half) in half.into_iter().enumerate() {
+                        for (column, value) in kernel_to_points(half).into_iter().enumerate() {
+                            value.store(to.wrapping_add((row * EDGE + column) * inputs * width));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Some tiles and output channels of a convolution: transform, 36 matrix products, transform back.
+struct Chunk<'a> {
+    shape: Shape,
+    x: &'a [f32],
+    weight: &'a [f32],
+    y: Shared,
+    first_tile: usize,
+    tiles: usize,
+    first_group: usize,
+    last_group: usize,
+}
+
+impl Kernel for Chunk<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            shape,
+            x,
+            weight,
+            y,
+            first_tile,
+            tiles,
+            first_group,
+            last_group,
+        } = self;
+        let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
+        let inputs = in_blocks * BLOCK;
+        let widest = L::TILE_BLOCKS.min(out_blocks) * BLOCK;
+        // One cache line more than a point needs, lest the 36 streams of a transform meet in one cache set.
+        let v_point = tiles * inputs + BLOCK;
+        let m_point = tiles * widest + BLOCK;
+        let mut v = Buffer::take(POINTS * v_point);
+        let mut m = Buffer::take(POINTS * m_point);
+        let (v, m) = (v.as_mut_ptr(), m.as_mut_ptr());
+        // SAFETY: the caller promises the instructions. Scratch is sized above; `x` and `y` are sized by the caller
+        // as the shape says. This task alone writes the outputs of its tiles and groups.
+        unsafe {
+            for tile in 0..tiles {
+                let (n, top, left) = shape.tile(first_tile + tile);
+                for block in 0..in_blocks {
+                    let plane = x.as_ptr().wrapping_add((n * in_blocks + block) * shape.plane());
+                    let to = v.wrapping_add(tile * inputs + block * BLOCK);
+                    transform_input::<L>(plane, shape, top, left, to, v_point);
+                }
+            }
+            for group in first_group..last_group {
+                let blocks = L::TILE_BLOCKS.min(out_blocks - group * L::TILE_BLOCKS);
+                let width = blocks * BLOCK;
+                let weight = weight
+                    .as_ptr()
+                    .wrapping_add(group * L::TILE_BLOCKS * BLOCK * POINTS * inputs);
+                let strides = Strides {
+                    a_row: inputs,
+                    a_inner: 1,
+                    b_inner: width,
+                    b_block: BLOCK,
+                    c_row: width,
+                    c_block: BLOCK,
+                };
+                let runs = Runs {
+                    offsets: &[(0, 0)],
+                    length: inputs,
+                };
+                for point in 0..POINTS {
+                    let (a, b) = (
+                        v.wrapping_add(point * v_point),
+                        weight.wrapping_add(point * inputs * width),
+                    );
+                    multiply::<L>(
+                        tiles,
+                        blocks,
+                        runs,
+                        strides,
+                        a,
+                        b,
+                        m.wrapping_add(point * m_point),
+                        false,
+                    );
+                }
+                for tile in 0..tiles {
+                    let (n, top, left) = shape.tile(first_tile + tile);
+                    for block in 0..blocks {
+                        let out_block = group * L::TILE_BLOCKS + block;
+                        let plane = y.at((n * out_blocks + out_block) * shape.plane());
+                        transform_output::<L>(
+                            m.wrapping_add(tile * width + block * BLOCK),
+                            m_point,
+                            plane,
+                            shape,
+                            top,
+                            left,
+                        );
+                    }
+                }
+            }
+        }
+    }
+}

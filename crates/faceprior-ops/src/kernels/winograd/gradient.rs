@@ -1,0 +1,411 @@
+//! The weight gradient: sums over tiles.
+
+#![allow(
+    clippy::needless_range_loop,
+    reason = "columns of matrices are filled one by one"
+)]
+
+use super::super::lanes::{Isa, Kernel, Lanes};
+use super::super::tile::{Runs, Strides, multiply};
+use super::super::weights::WeightTile;
+use super::super::{Shared, parallel};
+use super::matrices::points_to_kernel;
+use super::tiles::{transform_input, transform_output_gradient};
+use super::{BLOCK, EDGE, POINTS, Shape};
+use crate::pool::Buffer;
+
+/// The gradient of the weight, `dw` `[O, I, 3, 3]`, from the input and the gradient of the output.
+pub(crate) fn weight_gradient(isa: Isa, shape: Shape, x: &[f32], dy: &[f32], dw: &mut [f32]) {
+    let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
+    assert_eq!(x.len(), shape.n * in_blocks * shape.plane());
+    assert_eq!(dy.len(), shape.n * out_blocks * shape.plane());
+    assert_eq!(dw.len(), shape.i * shape.o * 9);
+
+    // With few channels a part of the tiles has sums of its own, which stay in the cache while its tiles stream past.
+    // With many, the sums are the large thing: all tiles add to one copy, and tasks divide the points.
+    let size = POINTS * in_blocks * out_blocks * BLOCK * BLOCK;
+    let parts = if size <= PRIVATE_FLOATS {
+        shape.tiles().div_ceil(PART_TILES).min(MAX_PARTS)
+    } else {
+        1
+    };
+    let mut sums = Buffer::take(parts * size);
+    if parts == 1 {
+        sum_by_points(isa, shape, x, dy, &mut sums);
+    } else {
+        let part_tiles = shape.tiles().div_ceil(parts);
+        let all = Shared::new(&mut sums);
+        parallel(parts, |part| {
+            let first_tile = (part * part_tiles).min(shape.tiles());
+            let last_tile = (first_tile + part_tiles).min(shape.tiles());
+            isa.run(GradientPart {
+                shape,
+                x,
+                dy,
+                sums: all,
+                start: part * size,
+                first_tile,
+                last_tile,
+            });
+        });
+    }
+
+    let dw = Shared::new(dw);
+    let sums = &sums;
+    let groups = out_blocks.div_ceil(isa.tile_blocks());
+    parallel(groups * in_blocks, |task| {
+        let (group, in_block) = (task / in_blocks, task % in_blocks);
+        isa.run(GradientBlock {
+            shape,
+            sums,
+            parts,
+            size,
+            dw,
+            group,
+            in_block,
+        });
+    });
+}
+
+const PRIVATE_FLOATS: usize = POINTS * 128 * 128;
+const PART_TILES: usize = 128;
+const MAX_PARTS: usize = 16;
+
+/// Transformed inputs and output gradients of some tiles, for a sum over tiles.
+///
+/// Inputs are `[36][⌈I/16⌉][tiles][16]`, output gradients `[36][group][tiles][blocks·16]`: each matrix product walks
+/// through both in order.
+struct GradientTiles {
+    inputs: Buffer,
+    outputs: Buffer,
+    input_point: usize,
+    output_point: usize,
+}
+
+impl GradientTiles {
+    fn new(shape: Shape, tiles: usize) -> Self {
+        // A cache line more per point: see `Chunk`.
+        let input_point = shape.i.div_ceil(BLOCK) * BLOCK * tiles + BLOCK;
+        let output_point = shape.o.div_ceil(BLOCK) * BLOCK * tiles + BLOCK;
+        let (inputs, outputs) = (
+            Buffer::take(POINTS * input_point),
+            Buffer::take(POINTS * output_point),
+        );
+        Self {
+            inputs,
+            outputs,
+            input_point,
+            output_point,
+        }
+    }
+}
+
+/// Where [`GradientTiles`] of `capacity` tiles lie.
+#[derive(Clone, Copy)]
+struct TilesView {
+    inputs: Shared,
+    outputs: Shared,
+    input_point: usize,
+    output_point: usize,
+    capacity: usize,
+}
+
+/// Transforms the tiles `first_tile + from .. first_tile + to` into places `from .. to`.
+///
+/// # Safety
+/// Instructions of `L`; `x`, `dy` and the view are of the shape; no other task writes these places.
+#[inline(always)]
+unsafe fn transform_gradient_tiles<L: Lanes>(
+    shape: Shape,
+    x: &[f32],
+    dy: &[f32],
+    view: TilesView,
+    first_tile: usize,
+    places: std::ops::Range<usize>,
+) {
+    let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
+    for place in places {
+        let (n, top, left) = shape.tile(first_tile + place);
+        // SAFETY: the caller's promise.
+        unsafe {
+            for block in 0..in_blocks {
+                let plane = x.as_ptr().wrapping_add((n * in_blocks + block) * shape.plane());
+                let to = view.inputs.at((block * view.capacity + place) * BLOCK);
+                transform_input::<L>(plane, shape, top, left, to, view.input_point);
+            }
+            for block in 0..out_blocks {
+                let plane = dy.as_ptr().wrapping_add((n * out_blocks + block) * shape.plane());
+                let group = block / L::TILE_BLOCKS;
+                let width = L::TILE_BLOCKS.min(out_blocks - group * L::TILE_BLOCKS) * BLOCK;
+                let start = group * L::TILE_BLOCKS * BLOCK * view.capacity;
+                let to = view
+                    .outputs
+                    .at(start + place * width + block % L::TILE_BLOCKS * BLOCK);
+                transform_output_gradient::<L>(plane, shape, top, left, to, view.output_point);
+            }
+        }
+    }
+}
+
+/// Adds the products of `tiles` transformed tiles at one point to that point's sums `[I, O]`.
+///
+/// # Safety
+/// Instructions of `L`; the view holds `tiles` tiles of the shape; `sums` is one point's, written by nobody else.
+#[inline(always)]
+unsafe fn add_point<L: Lanes>(
+    shape: Shape,
+    view: TilesView,
+    tiles: usize,
+    point: usize,
+    sums: *mut f32,
+    accumulate: bool,
+) {
+    let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
+    let columns = out_blocks * BLOCK;
+    for group in 0..out_blocks.div_ceil(L::TILE_BLOCKS) {
+        let blocks = L::TILE_BLOCKS.min(out_blocks - group * L::TILE_BLOCKS);
+        let strides = Strides {
+            a_row: 1,
+            a_inner: BLOCK,
+            b_inner: blocks * BLOCK,
+            b_block: BLOCK,
+            c_row: columns,
+            c_block: BLOCK,
+        };
+        let runs = Runs {
+            offsets: &[(0, 0)],
+            length: tiles,
+        };
+        let first_column = group * L::TILE_BLOCKS * BLOCK;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let b = view
+                .outputs
+                .at(point * view.output_point + first_column * view.capacity);
+            for block in 0..in_blocks {
+                let a = view
+                    .inputs
+                    .at(point * view.input_point + block * BLOCK * view.capacity);
+                let c = sums.wrapping_add(block * BLOCK * columns + first_column);
+                multiply::<L>(BLOCK, blocks, runs, strides, a, b, c, accumulate);
+            }
+        }
+    }
+}
+
+/// A part of the tiles, summed into sums of its own.
+struct GradientPart<'a> {
+    shape: Shape,
+    x: &'a [f32],
+    dy: &'a [f32],
+    sums: Shared,
+    start: usize,
+    first_tile: usize,
+    last_tile: usize,
+}
+
+/// Tiles whose transforms fit the second-level cache beside the sums of a part.
+const PART_CHUNK_TILES: usize = 32;
+
+impl Kernel for GradientPart<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            shape,
+            x,
+            dy,
+            sums,
+            start,
+            first_tile,
+            last_tile,
+        } = self;
+        let pairs = shape.i.div_ceil(BLOCK) * shape.o.div_ceil(BLOCK) * BLOCK * BLOCK;
+        let mut tiles = GradientTiles::new(shape, PART_CHUNK_TILES);
+        let view = TilesView {
+            inputs: Shared::new(&mut tiles.inputs),
+            outputs: Shared::new(&mut tiles.outputs),
+            input_point: tiles.input_point,
+            output_point: tiles.output_point,
+            capacity: PART_CHUNK_TILES,
+        };
+        // SAFETY: the caller promises the instructions; the scratch is this task's, and so are the sums of its part.
+        unsafe {
+            if first_tile == last_tile {
+                for offset in 0..POINTS * pairs {
+                    *sums.at(start + offset) = 0.0;
+                }
+            }
+            for first in (first_tile..last_tile).step_by(PART_CHUNK_TILES) {
+                let count = PART_CHUNK_TILES.min(last_tile - first);
+                transform_gradient_tiles::<L>(shape, x, dy, view, first, 0..count);
+                for point in 0..POINTS {
+                    let sums = sums.at(start + point * pairs);
+                    add_point::<L>(shape, view, count, point, sums, first > first_tile);
+                }
+            }
+        }
+    }
+}
+
+/// Tiles transformed before the points are summed, when all tiles share the sums.
+const SHARED_CHUNK_TILES: usize = 256;
+
+/// All tiles summed into one copy of the sums, points divided between tasks.
+fn sum_by_points(isa: Isa, shape: Shape, x: &[f32], dy: &[f32], sums: &mut [f32]) {
+    let pairs = sums.len() / POINTS;
+    let capacity = SHARED_CHUNK_TILES.min(shape.tiles());
+    let mut tiles = GradientTiles::new(shape, capacity);
+    let view = TilesView {
+        inputs: Shared::new(&mut tiles.inputs),
+        outputs: Shared::new(&mut tiles.outputs),
+        input_point: tiles.input_point,
+        output_point: tiles.output_point,
+        capacity,
+    };
+    let sums = Shared::new(sums);
+    for first_tile in (0..shape.tiles()).step_by(capacity) {
+        let count = capacity.min(shape.tiles() - first_tile);
+        const TASK_TILES: usize = 8;
+        parallel(count.div_ceil(TASK_TILES), |task| {
+            let places = task * TASK_TILES..count.min((task + 1) * TASK_TILES);
+            isa.run(TransformTiles {
+                shape,
+                x,
+                dy,
+                view,
+                first_tile,
+                places,
+            });
+        });
+        parallel(POINTS, |point| {
+            isa.run(AddPoint {
+                shape,
+                view,
+                tiles: count,
+                point,
+                sums,
+                pairs,
+                accumulate: first_tile > 0,
+            });
+        });
+    }
+}
+
+struct TransformTiles<'a> {
+    shape: Shape,
+    x: &'a [f32],
+    dy: &'a [f32],
+    view: TilesView,
+    first_tile: usize,
+    places: std::ops::Range<usize>,
+}
+
+impl Kernel for TransformTiles<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            shape,
+            x,
+            dy,
+            view,
+            first_tile,
+            places,
+        } = self;
+        // SAFETY: the caller promises the instructions; tasks have disjoint places.
+        unsafe { transform_gradient_tiles::<L>(shape, x, dy, view, first_tile, places) }
+    }
+}
+
+struct AddPoint {
+    shape: Shape,
+    view: TilesView,
+    tiles: usize,
+    point: usize,
+    sums: Shared,
+    pairs: usize,
+    accumulate: bool,
+}
+
+impl Kernel for AddPoint {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            shape,
+            view,
+            tiles,
+            point,
+            sums,
+            pairs,
+            accumulate,
+        } = self;
+        // SAFETY: the caller promises the instructions; each task has a point of its own.
+        unsafe { add_point::<L>(shape, view, tiles, point, sums.at(point * pairs), accumulate) }
+    }
+}
+
+/// Adds up the parts of sixteen inputs and a group of outputs, in order, and transforms them to taps.
+struct GradientBlock<'a> {
+    shape: Shape,
+    sums: &'a [f32],
+    parts: usize,
+    size: usize,
+    dw: Shared,
+    group: usize,
+    in_block: usize,
+}
+
+impl Kernel for GradientBlock<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            shape,
+            sums,
+            parts,
+            size,
+            dw,
+            group,
+            in_block,
+        } = self;
+        let out_blocks = shape.o.div_ceil(BLOCK);
+        let (columns, pairs) = (out_blocks * BLOCK, size / POINTS);
+        let mut tile = WeightTile::new(shape.weight());
+        for block in group * L::TILE_BLOCKS..out_blocks.min((group + 1) * L::TILE_BLOCKS) {
+            for lane in 0..BLOCK {
+                let first = sums
+                    .as_ptr()
+                    .wrapping_add((in_block * BLOCK + lane) * columns + block * BLOCK);
+                // SAFETY: the caller promises the instructions; `sums` holds `parts` times `size` floats.
+                unsafe {
+                    let mut half = [[L::zero(); EDGE]; 3];
+                    for column in 0..EDGE {
+                        let mut s = [L::zero(); EDGE];
+                        for (row, s) in s.iter_mut().enumerate() {
+                            let at = first.wrapping_add((row * EDGE + column) * pairs);
+                            for part in 0..parts {
+                                *s = s.add(L::load(at.wrapping_add(part * size)));
+                            }
+                        }
+                        for (row, value) in points_to_kernel(s).into_iter().enumerate() {
+                            half[row][column] = value;
+                        }
+                    }
+                    for (row, half) in half.into_iter().enumerate() {
+                        for (column, value) in points_to_kernel(half).into_iter().enumerate() {
+                            value.store(tile.outputs(lane, row * 3 + column).as_mut_ptr());
+                        }
+                    }
+                }
+            }
+            // SAFETY: `dw` is a weight of the shape; this task alone writes the tiles of its blocks.
+            unsafe { tile.write::<L>(dw, block, in_block) };
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! Tiles of a picture to points and back: the matrices along both axes, borders included.
+
+#![allow(
+    clippy::needless_range_loop,
+    reason = "columns of matrices are filled one by one"
+)]
+
+use super::super::lanes::Lanes;
+use super::matrices::{input_to_points, output_to_points, points_to_output};
+use super::{BLOCK, EDGE, Shape, TILE};
+
+/// `Bᵀ d B` of the tile whose outputs start at (`top`, `left`), one value per point at distances of `point`.
+///
+/// # Safety
+/// Instructions of `L`; `plane` is a plane of the shape; `to` has room for the points.
+#[inline(always)]
+pub(super) unsafe fn transform_input<L: Lanes>(
+    plane: *const f32,
+    shape: Shape,
+    top: usize,
+    left: usize,
+    to: *mut f32,
+    point: usize,
+) {
+    let Shape { h, w, .. } = shape;
+    // SAFETY: the caller's promise; addresses outside the picture are replaced.
+    unsafe {
+        let mut half = [[L::zero(); EDGE]; EDGE];
+        let inside = top > 0 && left > 0 && top + TILE < h && left + TILE < w;
+        for column in 0..EDGE {
+            let mut d = [L::zero(); EDGE];
+            if inside {
+                let first = plane.wrapping_add(((top - 1) * w + left - 1 + column) * BLOCK);
+                for (row, d) in d.iter_mut().enumerate() {
+                    *d = L::load(first.wrapping_add(row * w * BLOCK));
+                }
+            } else {
+                for (row, d) in d.iter_mut().enumerate() {
+                    // One too far above or left wraps around to a huge number, which is outside too.
+                    let (y, x) = ((top + row).wrapping_sub(1), (left + column).wrapping_sub(1));
+                    if y < h && x < w {
+                        *d = L::load(plane.wrapping_add((y * w + x) * BLOCK));
+                    }
+                }
+            }
+            for (row, value) in input_to_points(d).into_iter().enumerate() {
+                half[row][column] = value;
+            }
+        }
+        for (row, half) in half.into_iter().enumerate() {
+            for (column, value) in input_to_points(half).into_iter().enumerate() {
+                value.store(to.wrapping_add((row * EDGE + column) * point));
+            }
+        }
+    }
+}
+
+/// `Aᵀ m A` of one tile, written where it lies inside the picture.
+///
+/// # Safety
+/// Instructions of `L`; `from` holds the points at distances of `point`; `plane` is a plane of the shape.
+#[inline(always)]
+pub(super) unsafe fn transform_output<L: Lanes>(
+    from: *const f32,
+    point: usize,
+    plane: *mut f32,
+    shape: Shape,
+    top: usize,
+    left: usize,
+) {
+    // SAFETY: the caller's promise; only pixels inside the picture are written.
+    unsafe {
+        let mut half = [[L::zero(); EDGE]; TILE];
+        for column in 0..EDGE {
+            let mut m = [L::zero(); EDGE];
+            for (row, m) in m.iter_mut().enumerate() {
+                *m = L::load(from.wrapping_add((row * EDGE + column) * point));
+            }
+            for (row, value) in points_to_output(m).into_iter().enumerate() {
+                half[row][column] = value;
+            }
+        }
+        let columns = TILE.min(shape.w - left);
+        for (row, half) in half.into_iter().enumerate().take(shape.h - top) {
+            let first = plane.wrapping_add(((top + row) * shape.w + left) * BLOCK);
+            for (column, value) in points_to_output(half).into_iter().enumerate().take(columns) {
+                value.store(first.wrapping_add(column * BLOCK));
+            }
+        }
+    }
+}
+
+/// `A ẏ Aᵀ` of one tile of output gradients, zero outside the picture.
+///
+/// # Safety
+/// As for [`transform_input`].
+#[inline(always)]
+pub(super) unsafe fn transform_output_gradient<L: Lanes>(
+    plane: *const f32,
+    shape: Shape,
+    top: usize,
+    left: usize,
+    to: *mut f32,
+    point: usize,
+) {
+    // SAFETY: the caller's promise; addresses outside the picture are replaced.
+    unsafe {
+        let mut half = [[L::zero(); TILE]; EDGE];
+        for column in 0..TILE {
+            let mut dy = [L::zero(); TILE];
+            for (row, dy) in dy.iter_mut().enumerate() {
+                let (y, x) = (top + row, left + column);
+                if y < shape.h && x < shape.w {
+                    *dy = L::load(plane.wrapping_add((y * shape.w + x) * BLOCK));
+                }
+            }
+            for (row, value) in output_to_points(dy).into_iter().enumerate() {
+                half[row][column] = value;
+            }
+        }
+        for (row, half) in half.into_iter().enumerate() {
+            for (column, value) in output_to_points(half).into_iter().enumerate() {
+                value.store(to.wrapping_add((row * EDGE + column) * point));
+            }
+        }
+    }
+}
