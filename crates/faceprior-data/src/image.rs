@@ -1,4 +1,10 @@
 //! A picture in memory, and the way in and out of files.
+//!
+//! JPEGs are decoded with the pixels of libjpeg-turbo, which Pillow, OpenCV and torchvision give, because detectors and
+//! recognisers are trained and compared on them, and MTCNN moves landmarks by pixels for a few levels' difference. Our
+//! own decoder does it for the common kinds ([`crate::jpeg`]). The rest (CMYK, colour at a quarter of the resolution) goes
+//! to zune-jpeg, whose pixels may differ by a few levels, and so does every broken file, for an error that names what is
+//! wrong.
 
 use std::fmt;
 use std::io::Cursor;
@@ -15,7 +21,7 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 
 use crate::files::{self, Durability};
 use crate::resize::{self, Window};
-use crate::{DataError, random};
+use crate::{DataError, jpeg, random};
 
 /// A picture: RGB, 8 bits a channel, rows from top to bottom, pixels from left to right, channels interleaved (HWC).
 #[derive(Clone, PartialEq, Eq)]
@@ -149,12 +155,23 @@ impl Image {
     /// # Errors
     /// [`DataError::Io`], [`DataError::Decode`], [`DataError::TooLarge`]; each names the file.
     pub fn read(path: impl AsRef<Path>) -> Result<Image, DataError> {
+        Image::read_within(path, DecodeLimits::default())
+    }
+
+    /// [`Image::read`] with other limits.
+    ///
+    /// # Errors
+    /// Those of [`Image::read`].
+    pub fn read_within(path: impl AsRef<Path>, limits: DecodeLimits) -> Result<Image, DataError> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(|error| DataError::io("read", path, error))?;
-        Image::decode(&bytes, path)
+        Image::decode_within(&bytes, path, limits)
     }
 
     /// Decodes a JPEG or PNG, known by its content. `name` is for error messages only.
+    ///
+    /// A JPEG gets the pixels that libjpeg-turbo (Pillow, OpenCV, torchvision) gives it, if it is of one of the common kinds:
+    /// baseline or progressive, grey, YCbCr or RGB, colour at full or half resolution.
     ///
     /// The EXIF orientation is applied, grey is replicated, alpha is dropped, CMYK and YCCK follow Adobe's
     /// convention (stored inverted), 16 bits are scaled to 8, and an animation gives its first picture.
@@ -462,6 +479,18 @@ fn check_size(width: usize, height: usize, limits: DecodeLimits) -> Result<(), R
 }
 
 fn decode_jpeg(bytes: &[u8], limits: DecodeLimits) -> Result<Image, Refusal> {
+    match jpeg::decode(bytes, limits) {
+        Ok((image, orientation)) => Ok(turned(image, orientation)),
+        // The general decoder would fill what is missing with grey.
+        Err(jpeg::Refusal::EndsEarly) => Err(Refusal::Broken(
+            "JPEG: the file is truncated or damaged, its data end before the picture does".into(),
+        )),
+        Err(jpeg::Refusal::NotCovered) => decode_any_jpeg(bytes, limits),
+    }
+}
+
+/// JPEG of any kind, or what is wrong with it.
+fn decode_any_jpeg(bytes: &[u8], limits: DecodeLimits) -> Result<Image, Refusal> {
     // Strict: corrupt entropy data is an error; the lenient mode fills the rest with grey and says nothing.
     let options = DecoderOptions::default()
         .set_strict_mode(true)

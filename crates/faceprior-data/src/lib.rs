@@ -30,6 +30,7 @@ mod dataset;
 mod error;
 pub mod files;
 mod image;
+mod jpeg;
 mod loader;
 pub mod pairs;
 pub mod random;

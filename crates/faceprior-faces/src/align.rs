@@ -20,7 +20,6 @@ use serde::{Deserialize, Serialize};
 use crate::FacesError;
 use crate::detect::{Detector, DetectorConfig, Face};
 use crate::journal::{Counts, FaceRecord, Journal, PictureRecord};
-use crate::jpeg::read_image;
 use crate::names::escape;
 use crate::similarity::{similarity, template};
 use crate::warp::warp;
@@ -511,7 +510,7 @@ impl Worker<'_> {
         let limits = DecodeLimits {
             max_pixels: self.settings.max_pixels,
         };
-        let image = read_image(path, limits)?;
+        let image = Image::read_within(path, limits)?;
         let side = image.width().max(image.height());
         if self.settings.pad_to_square && side.saturating_mul(side) > limits.max_pixels {
             let (name, max_pixels) = (format!("{path:?} (padded to a square)"), limits.max_pixels);

@@ -15,7 +15,6 @@ mod cascade;
 mod detect;
 mod error;
 mod journal;
-mod jpeg;
 mod lanes;
 pub mod names;
 mod networks;
@@ -27,6 +26,5 @@ pub use align::{AlignOptions, AlignSettings, CropFormat, Crops, Progress, Shard,
 pub use detect::{Detector, DetectorConfig, Face};
 pub use error::FacesError;
 pub use journal::{Counts, FaceRecord, PictureRecord, read_records};
-pub use jpeg::read_image;
 pub use similarity::{Affine, Landmarks, five_points, similarity, template};
 pub use warp::warp;

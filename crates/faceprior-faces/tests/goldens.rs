@@ -8,10 +8,8 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use faceprior_data::{DecodeLimits, Image};
-use faceprior_faces::{
-    Affine, Detector, DetectorConfig, Face, Landmarks, read_image, similarity, template, warp,
-};
+use faceprior_data::Image;
+use faceprior_faces::{Affine, Detector, DetectorConfig, Face, Landmarks, similarity, template, warp};
 use serde_json::Value;
 
 fn shipped() -> PathBuf {
@@ -99,7 +97,7 @@ impl Tally {
 fn detect_all(folder: &Path, golden: &Value, detector: impl Fn(DetectorConfig) -> Detector) -> Tally {
     let mut tally = Tally::default();
     for (name, golden) in golden.as_object().unwrap() {
-        let image = read_image(&folder.join(name), DecodeLimits::default()).unwrap();
+        let image = Image::read(folder.join(name)).unwrap();
         for (setting, padded, config) in settings() {
             let image = if padded {
                 image.pad_to_square()
@@ -164,9 +162,7 @@ fn detects_as_the_reference_on_all_photographs() {
 fn compare_crops(images: &Path, crops: &Path, golden: &Value) -> (usize, usize, u8, u8) {
     let (mut pixels, mut differ, mut largest, mut largest_own) = (0, 0, 0, 0);
     for (name, golden) in golden.as_object().unwrap() {
-        let image = read_image(&images.join(name), DecodeLimits::default())
-            .unwrap()
-            .pad_to_square();
+        let image = Image::read(images.join(name)).unwrap().pad_to_square();
         for golden in golden["aligned"].as_array().unwrap() {
             let size = golden["size"].as_u64().unwrap() as usize;
             let points = golden["landmarks"].as_array().unwrap();

@@ -1,44 +1,47 @@
-//! JPEG decoding, bit for bit as libjpeg-turbo does it with its defaults (and Pillow and OpenCV through it).
+//! JPEG decoding, bit for bit as libjpeg-turbo does it with its defaults (and Pillow, OpenCV and torchvision through it).
 //!
 //! The JPEG standard leaves the inverse transform's rounding and the upsampling of colour open, and decoders differ by a
-//! few levels of 255. MTCNN amplifies that: landmarks of small faces move by pixels. Crops are compared with those of
-//! systems that read through libjpeg-turbo, hence this decoder: the accurate integer transform of `jidctint.c`, the
-//! triangle ("fancy") upsampling of `jdsample.c` and the 16-bit fixed-point colours of `jdcolor.c`.
+//! few levels of 255. MTCNN amplifies that: landmarks of small faces move by pixels. Crops, embeddings and scores are
+//! compared with those of systems that read through libjpeg-turbo, hence this decoder: the accurate integer transform of
+//! `jidctint.c`, the triangle ("fancy") upsampling of `jdsample.c` and the 16-bit fixed-point colours of `jdcolor.c`.
 //!
-//! Baseline and progressive Huffman JPEG of 8 bits with one or three components, which is to say nearly every
-//! photograph. Anything else, and any file that is broken, is left to `faceprior_data`, whose errors name what is wrong.
+//! Baseline and progressive Huffman JPEG of 8 bits with one or three components and colour of half or full resolution,
+//! which is to say nearly every photograph. Anything else, and any file that is broken, is left to the general decoder
+//! in [`crate::image`], whose errors name what is wrong.
 
-use std::path::Path;
+use ::image::metadata::Orientation;
 
-use faceprior_data::{DataError, DecodeLimits, Image};
+use crate::{DecodeLimits, Image};
 
-/// Reads a picture as [`Image::decode_within`] does, but a JPEG with the pixels that libjpeg-turbo would give.
-///
-/// # Errors
-/// Those of [`Image::decode_within`], and [`DataError::Io`].
-pub fn read_image(path: &Path, limits: DecodeLimits) -> Result<Image, DataError> {
-    let io = |source| DataError::Io {
-        action: "read",
-        path: path.to_owned(),
-        source,
-    };
-    let bytes = std::fs::read(path).map_err(io)?;
-    match decode(&bytes, limits) {
-        Some(image) => Ok(image),
-        None => Image::decode_within(&bytes, path, limits),
-    }
+/// Why there is no picture.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// Fewer data than the frame has blocks: a truncated file, or damage that comes to the same.
+    EndsEarly,
+    /// A kind of JPEG, a size or damage that the general decoder has to judge.
+    NotCovered,
 }
 
-/// Decodes a picture, or answers `None` for what this decoder leaves to the general one.
-fn decode(bytes: &[u8], limits: DecodeLimits) -> Option<Image> {
+/// Decodes a JPEG as it is stored, with the orientation that its EXIF data ask for.
+pub(crate) fn decode(bytes: &[u8], limits: DecodeLimits) -> Result<(Image, Orientation), Refusal> {
     let mut decoder = Decoder {
         data: bytes,
         at: 0,
         ..Decoder::default()
     };
-    decoder.read(limits)?;
-    decoder.finish()
+    match decoder.read(limits).and_then(|()| decoder.finish()) {
+        Some(image) => {
+            let orientation = decoder.exif.and_then(Orientation::from_exif_chunk);
+            Ok((image, orientation.unwrap_or(Orientation::NoTransforms)))
+        }
+        None if decoder.ends_early => Err(Refusal::EndsEarly),
+        None => Err(Refusal::NotCovered),
+    }
 }
+
+/// Most scans of a file. A scan of a progressive picture can be a few bytes for any number of blocks; encoders write
+/// about ten.
+const MAX_SCANS: usize = 100;
 
 /// Place of the k-th coefficient of the file in the 8×8 block; the tail catches runs that lead out of it.
 const ZIGZAG: [u8; 80] = [
@@ -66,7 +69,11 @@ struct Decoder<'a> {
     restart_interval: usize,
     jfif: bool,
     adobe_transform: Option<u8>,
+    /// The last EXIF segment, from its TIFF header on.
+    exif: Option<&'a [u8]>,
+    scans: usize,
     complete: bool,
+    ends_early: bool,
 }
 
 #[derive(Default)]
@@ -86,6 +93,7 @@ struct Component {
     /// Progressive only.
     coefficients: Vec<Block>,
     dc_predictor: i32,
+    /// Whether a scan brought its DC coefficients.
     seen: bool,
 }
 
@@ -104,7 +112,7 @@ struct Scan {
     low: u32,
 }
 
-impl Decoder<'_> {
+impl<'a> Decoder<'a> {
     fn byte(&mut self) -> Option<u8> {
         let byte = *self.data.get(self.at)?;
         self.at += 1;
@@ -182,11 +190,12 @@ impl Decoder<'_> {
     }
 
     fn application(&mut self, code: u8, body: std::ops::Range<usize>) -> Option<()> {
-        let body = &self.data[body];
+        let data: &'a [u8] = self.data;
+        let body = data.get(body)?;
         match code {
-            0xE0 if body.starts_with(b"JFIF\0") => self.jfif = true,
-            0xE1 if body.starts_with(b"Exif\0\0") && is_turned(&body[6..]) => return None,
-            0xEE if body.starts_with(b"Adobe") => self.adobe_transform = body.get(11).copied(),
+            0xE0 if body.len() >= 14 && body.starts_with(b"JFIF\0") => self.jfif = true,
+            0xE1 if body.starts_with(b"Exif\0\0") => self.exif = Some(&body[6..]),
+            0xEE if body.len() >= 12 && body.starts_with(b"Adobe") => self.adobe_transform = Some(body[11]),
             _ => {}
         }
         Some(())
@@ -242,6 +251,13 @@ impl Decoder<'_> {
         }
         let units_wide = self.width.div_ceil(8 * self.h_max);
         let units_high = self.height.div_ceil(8 * self.v_max);
+        let blocks = self.components.iter().map(|component| component.h * component.v);
+        let blocks = blocks.sum::<usize>() * units_wide * units_high;
+        // Nothing is allocated for what the file cannot hold: every block takes a bit at least.
+        if blocks > 8 * self.data.len() {
+            self.ends_early = true;
+            return None;
+        }
         for component in &mut self.components {
             component.width = (self.width * component.h).div_ceil(self.h_max);
             component.height = (self.height * component.v).div_ceil(self.v_max);
@@ -292,6 +308,10 @@ impl Decoder<'_> {
     }
 
     fn scan(&mut self, body: std::ops::Range<usize>) -> Option<()> {
+        self.scans += 1;
+        if self.scans > MAX_SCANS {
+            return None;
+        }
         let (&count, rest) = self.data.get(body)?.split_first()?;
         let (parts, rest) = rest.split_at_checked(2 * usize::from(count))?;
         let &[start, end, approximation, ..] = rest else {
@@ -341,9 +361,12 @@ impl Decoder<'_> {
             std::mem::take(&mut self.dc_tables),
             std::mem::take(&mut self.ac_tables),
         );
-        let result = self.entropy_coded(&scan, &dc_tables, &ac_tables);
+        let mut bits = Bits::new(self.data, self.at);
+        let result = self.entropy_coded(&scan, &dc_tables, &ac_tables, &mut bits);
         (self.dc_tables, self.ac_tables) = (dc_tables, ac_tables);
-        result
+        self.ends_early = bits.overran();
+        self.at = bits.position();
+        result.filter(|()| !self.ends_early)
     }
 
     fn entropy_coded(
@@ -351,8 +374,8 @@ impl Decoder<'_> {
         scan: &Scan,
         dc_tables: &[Option<Box<Huffman>>; 4],
         ac_tables: &[Option<Box<Huffman>>; 4],
+        bits: &mut Bits,
     ) -> Option<()> {
-        let mut bits = Bits::new(self.data, self.at);
         let mut end_of_band = 0;
         // A scan of one component has one block in a unit, and none of the filled-up ones.
         let alone = scan.components.len() == 1;
@@ -380,6 +403,9 @@ impl Decoder<'_> {
             }
             until_restart = until_restart.wrapping_sub(1);
             let (unit_x, unit_y) = (unit % units_wide, unit / units_wide);
+            if unit_x == 0 && bits.overran() {
+                return None;
+            }
             for part in &scan.components {
                 let component = &mut self.components[part.index];
                 let (h, v) = if alone { (1, 1) } else { (component.h, component.v) };
@@ -408,18 +434,14 @@ impl Decoder<'_> {
                         component.put(x, y, &block, quantiser, last);
                     }
                 }
-                component.seen = true;
+                component.seen |= scan.start == 0;
             }
         }
-        if bits.overran() {
-            return None;
-        }
-        self.at = bits.position();
         Some(())
     }
 
     /// Transforms what a progressive picture has gathered, then joins the components to colours.
-    fn finish(mut self) -> Option<Image> {
+    fn finish(&mut self) -> Option<Image> {
         if !self.complete
             || self.components.is_empty()
             || !self.components.iter().all(|component| component.seen)
@@ -484,7 +506,8 @@ impl Component {
         let stride = self.blocks_wide * 8;
         let to = &mut self.samples[y * 8 * stride + x * 8..];
         if last == 0 {
-            let value = (i32::from(block[0]) * i32::from(quantiser[0]) * 4 + 16) >> 5;
+            let value = i32::from(block[0]).wrapping_mul(i32::from(quantiser[0]));
+            let value = value.wrapping_mul(4).wrapping_add(16) >> 5;
             let value = (value + 128).clamp(0, 255) as u8;
             for row in 0..8 {
                 to[row * stride..][..8].fill(value);
@@ -564,40 +587,6 @@ fn to_rgb(y: &[u8], cb: &[u8], cr: &[u8], out: &mut [u8]) {
         let blue = y + ((116130 * cb + HALF) >> 16);
         pixel.copy_from_slice(&[red, green, blue].map(|value| value.clamp(0, 255) as u8));
     }
-}
-
-/// Whether EXIF data ask for the picture to be turned or mirrored.
-fn is_turned(tiff: &[u8]) -> bool {
-    let big = match tiff.get(..4) {
-        Some(b"II*\0") => false,
-        Some(b"MM\0*") => true,
-        _ => return false,
-    };
-    let u16_at = |at: usize| {
-        let bytes: [u8; 2] = tiff.get(at..at + 2)?.try_into().ok()?;
-        Some(if big {
-            u16::from_be_bytes(bytes)
-        } else {
-            u16::from_le_bytes(bytes)
-        })
-    };
-    let u32_at = |at: usize| {
-        let bytes: [u8; 4] = tiff.get(at..at + 4)?.try_into().ok()?;
-        Some(if big {
-            u32::from_be_bytes(bytes)
-        } else {
-            u32::from_le_bytes(bytes)
-        } as usize)
-    };
-    let orientation = || {
-        let directory = u32_at(4)?;
-        let entries = usize::from(u16_at(directory)?);
-        let entry = (0..entries)
-            .map(|i| directory + 2 + 12 * i)
-            .find(|&at| u16_at(at) == Some(0x0112))?;
-        u16_at(entry + 8)
-    };
-    orientation().is_some_and(|orientation| orientation != 1)
 }
 
 /// A Huffman table: short codes by lookup, long ones by length.
@@ -823,7 +812,7 @@ impl<'a> Bits<'a> {
         let bit = 1i16 << scan.low;
         let refine = |bits: &mut Self, value: &mut i16| {
             if bits.take(1) == 1 && *value & bit == 0 {
-                *value += if *value > 0 { bit } else { -bit };
+                *value = value.wrapping_add(if *value > 0 { bit } else { -bit });
             }
         };
         let mut k = scan.start;
@@ -1076,7 +1065,7 @@ mod tests {
     use super::*;
 
     fn folder() -> std::path::PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/jpeg")
+        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/jpeg")
     }
 
     /// The PNGs hold what Pillow, that is libjpeg-turbo, decodes.
@@ -1088,7 +1077,7 @@ mod tests {
             if path.extension().is_some_and(|e| e == "jpg") {
                 let image = decode(&std::fs::read(&path).unwrap(), DecodeLimits::default());
                 let expected = Image::read(path.with_extension("png")).unwrap();
-                assert!(image.as_ref() == Some(&expected), "{path:?}");
+                assert!(image == Ok((expected, Orientation::NoTransforms)), "{path:?}");
                 compared += 1;
             }
         }
@@ -1114,31 +1103,42 @@ mod tests {
         let bytes = std::fs::read(folder().join("420.jpg")).unwrap();
         for end in (0..bytes.len()).step_by(7) {
             assert!(
-                decode(&bytes[..end], DecodeLimits::default()).is_none(),
+                decode(&bytes[..end], DecodeLimits::default()).is_err(),
                 "cut to {end}"
             );
         }
-        assert!(decode(&bytes, DecodeLimits { max_pixels: 100 }).is_none());
-        assert!(decode(b"\x89PNG", DecodeLimits::default()).is_none());
+        assert!(decode(&bytes, DecodeLimits { max_pixels: 100 }) == Err(Refusal::NotCovered));
+        assert!(decode(b"\x89PNG", DecodeLimits::default()).is_err());
     }
 
     #[test]
-    fn survives_any_damage() {
-        for name in ["420.jpg", "progressive.jpg", "restart.jpg"] {
-            let bytes = std::fs::read(folder().join(name)).unwrap();
-            for seed in 0..400usize {
-                let mut damaged = bytes.clone();
-                for k in 0..3 {
-                    let at = (seed * 7919 + k * 104_729) % damaged.len();
-                    damaged[at] = damaged[at].wrapping_add((seed * 31 + k * 17) as u8);
-                }
-                let _ = decode(
-                    &damaged,
-                    DecodeLimits {
-                        max_pixels: 1_000_000,
-                    },
-                );
-            }
-        }
+    fn answers_the_orientation() {
+        let bytes = std::fs::read(folder().join("progressive.jpg")).unwrap();
+        let upright = decode(&bytes, DecodeLimits::default()).unwrap().0;
+        let mut mirrored =
+            b"\xFF\xD8\xFF\xE1\0\x22Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x02\0\0\0\0\0\0"
+                .to_vec();
+        mirrored.extend(&bytes[2..]);
+        let decoded = decode(&mirrored, DecodeLimits::default());
+        assert_eq!(decoded, Ok((upright.clone(), Orientation::FlipHorizontal)));
+        assert_eq!(
+            Image::decode(&mirrored, "mirrored").unwrap(),
+            upright.flip_horizontal()
+        );
+    }
+
+    #[test]
+    fn leaves_endless_scans_to_the_general_decoder() {
+        let bytes = std::fs::read(folder().join("progressive.jpg")).unwrap();
+        let end = bytes.len() - 2;
+        // Nothing but the end of the first component's bands, again and again.
+        let scan = b"\xFF\xC4\0\x14\x10\x01\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\xE0\xFF\xDA\0\x08\x01\x01\0\x01\x3F\0\x7F\xFF\0\xFF\0";
+        let with_scans = |count: usize| [&bytes[..end], &scan.repeat(count), &bytes[end..]].concat();
+        assert!(decode(&with_scans(50), DecodeLimits::default()).is_ok());
+        assert!(decode(&with_scans(100), DecodeLimits::default()).is_err());
+        let text = Image::decode(&with_scans(200), "endless")
+            .unwrap_err()
+            .to_string();
+        assert!(text.contains("scans"), "{text}");
     }
 }
