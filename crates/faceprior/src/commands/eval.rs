@@ -42,7 +42,10 @@ pub fn run(context: &Context, arguments: args::Eval) -> Result<()> {
     let difference = against.as_ref().map(|against| compare(&model, against)).transpose()?;
 
     if let Some(path) = &arguments.report {
-        let name = |path: &Path| path.display().to_string();
+        // The file's name will do, unless both models have the same.
+        let short = |path: &Path| path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        let same = arguments.against.as_ref().is_some_and(|against| short(against) == short(&arguments.model));
+        let name = |path: &Path| if same { path.display().to_string() } else { short(path) };
         let mut models = vec![(name(&arguments.model), &model)];
         if let (Some(path), Some(against)) = (&arguments.against, &against) {
             models.push((name(path), against));
