@@ -14,7 +14,7 @@
 //! Nothing here sees a label. The score of an evaluation is minus the [distance](sample_distance) of EMA samples to
 //! the real set.
 
-mod sample_distance;
+pub mod sample_distance;
 
 use std::sync::{Arc, OnceLock};
 
