@@ -9,7 +9,9 @@ fn main() {
         println!("cargo::rerun-if-changed={}", head.display());
         println!("cargo::rerun-if-changed=../../.git/refs/heads");
     }
-    let output = Command::new("git").args(["rev-parse", "--short=12", "HEAD"]).output();
+    let output = Command::new("git")
+        .args(["rev-parse", "--short=12", "HEAD"])
+        .output();
     let commit = output
         .ok()
         .filter(|output| output.status.success())

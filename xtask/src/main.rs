@@ -39,7 +39,10 @@ fn main() -> ExitCode {
 
 fn check(full: bool) -> Result<()> {
     step("formatting", "cargo fmt --all --check")?;
-    step("lints", "cargo clippy --workspace --all-targets --quiet -- -D warnings")?;
+    step(
+        "lints",
+        "cargo clippy --workspace --all-targets --quiet -- -D warnings",
+    )?;
     supply_chain(full)?;
     step("tests", "cargo test --workspace --quiet")?;
     if full {
@@ -53,7 +56,10 @@ fn check(full: bool) -> Result<()> {
 /// that is said aloud, and a full check fails.
 fn supply_chain(required: bool) -> Result<()> {
     if succeeds("cargo deny --version") {
-        return step("supply chain", "cargo deny --log-level error check bans licenses sources");
+        return step(
+            "supply chain",
+            "cargo deny --log-level error check bans licenses sources",
+        );
     }
     let cure = "cargo install --locked cargo-deny";
     if required {
@@ -64,9 +70,15 @@ fn supply_chain(required: bool) -> Result<()> {
 }
 
 fn full_checks() -> Result<()> {
-    step("GPU features compile", "cargo check --package faceprior --features cuda,vulkan")?;
+    step(
+        "GPU features compile",
+        "cargo check --package faceprior --features cuda,vulkan",
+    )?;
     if Path::new("../shared").is_dir() {
-        step("real data", "cargo test --workspace --quiet -- --ignored --skip vulkan")?;
+        step(
+            "real data",
+            "cargo test --workspace --quiet -- --ignored --skip vulkan",
+        )?;
     } else {
         println!("== real data: SKIPPED, there is no ../shared beside the checkout");
     }
@@ -80,7 +92,9 @@ fn full_checks() -> Result<()> {
 fn step(name: &str, command: &str) -> Result<()> {
     println!("== {name}: {command}");
     let start = Instant::now();
-    let status = split(command).status().with_context(|| format!("cannot start `{command}`"))?;
+    let status = split(command)
+        .status()
+        .with_context(|| format!("cannot start `{command}`"))?;
     if !status.success() {
         bail!("{name} failed: `{command}` ended with {status}");
     }
@@ -89,7 +103,9 @@ fn step(name: &str, command: &str) -> Result<()> {
 }
 
 fn succeeds(command: &str) -> bool {
-    split(command).output().is_ok_and(|output| output.status.success())
+    split(command)
+        .output()
+        .is_ok_and(|output| output.status.success())
 }
 
 fn split(command: &str) -> Command {

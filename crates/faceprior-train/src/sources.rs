@@ -14,7 +14,7 @@ use crate::recipe::{LabelledData, PriorData, Recipe, TestData};
 use crate::schedule;
 
 /// Side of rendered pictures: that of aligned crops, whatever the networks see of them.
-const RENDERED_SIZE: usize = 112;
+const rendered_size(recipe): usize = 112;
 /// Folds of rendered test pairs.
 const TEST_FOLDS: usize = 10;
 
@@ -127,9 +127,15 @@ pub fn test_pairs(recipe: &Recipe) -> Result<PairSet, TrainError> {
     }
 }
 
+/// Side of rendered pictures: half as large again as what the networks see, so that they are resized as photographs
+/// are.
+fn rendered_size(recipe: &Recipe) -> usize {
+    recipe.prior.resolution.max(recipe.backbone.image_size) * 3 / 2
+}
+
 fn rendered(recipe: &Recipe, part: &str, identities: usize, pictures: usize) -> SyntheticFaces {
     let seed = schedule::seed(recipe.seed, &format!("rendered faces, {part}"));
-    SyntheticFaces::new(seed, identities, pictures, RENDERED_SIZE)
+    SyntheticFaces::new(seed, identities, pictures, rendered_size(recipe))
 }
 
 /// Some people of a labelled set, numbered anew.

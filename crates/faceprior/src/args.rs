@@ -7,7 +7,13 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Learn a prior of faces from unlabelled pictures and turn it into a better face recogniser.
 #[derive(Debug, Parser)]
-#[command(name = "faceprior", version, about, max_term_width = 100, propagate_version = true)]
+#[command(
+    name = "faceprior",
+    version,
+    about,
+    max_term_width = 100,
+    propagate_version = true
+)]
 pub struct Arguments {
     /// What to compute on: auto, cpu, cuda[:N], rocm[:N], vulkan[:N] or metal
     #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
@@ -332,7 +338,11 @@ pub enum Work {
 }
 
 fn parse_size(text: &str) -> Result<(usize, usize), String> {
-    let side = |text: &str| text.parse::<usize>().ok().filter(|side| (16..=4096).contains(side));
+    let side = |text: &str| {
+        text.parse::<usize>()
+            .ok()
+            .filter(|side| (16..=4096).contains(side))
+    };
     let (width, height) = text.split_once('x').unwrap_or((text, text));
     match (side(width), side(height)) {
         (Some(width), Some(height)) => Ok((width, height)),

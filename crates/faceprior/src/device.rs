@@ -119,7 +119,8 @@ pub fn missing_for_cuda() -> Vec<(String, String)> {
                 Some(header) => format!("CUDA's header {} was not found", header.display()),
                 None => "no CUDA toolkit was found (CUDA_PATH, /usr/local/cuda, /opt/cuda)".to_owned(),
             },
-            "install the CUDA toolkit's headers and set CUDA_PATH to the folder that holds include/".to_owned(),
+            "install the CUDA toolkit's headers and set CUDA_PATH to the folder that holds include/"
+                .to_owned(),
         ));
     }
     missing
@@ -152,22 +153,37 @@ fn library_exists(stem: &str) -> bool {
         .map(PathBuf::from),
     );
     folders.extend(cuda_root().into_iter().map(|root| root.join("lib64")));
-    folders.iter().filter_map(|folder| std::fs::read_dir(folder).ok()).flatten().flatten().any(|entry| {
-        entry.file_name().to_str().is_some_and(|name| name.starts_with(stem))
-    })
+    folders
+        .iter()
+        .filter_map(|folder| std::fs::read_dir(folder).ok())
+        .flatten()
+        .flatten()
+        .any(|entry| {
+            entry
+                .file_name()
+                .to_str()
+                .is_some_and(|name| name.starts_with(stem))
+        })
 }
 
 #[cfg(feature = "cuda")]
 fn cuda(name: &str, index: usize) -> Result<Device, DeviceError> {
     if let Some((missing, cure)) = missing_for_cuda().into_iter().next() {
-        return Err(DeviceError::Missing { device: name.to_owned(), missing, cure });
+        return Err(DeviceError::Missing {
+            device: name.to_owned(),
+            missing,
+            cure,
+        });
     }
     Ok(Device::cuda(index))
 }
 
 #[cfg(not(feature = "cuda"))]
 fn cuda(name: &str, _index: usize) -> Result<Device, DeviceError> {
-    Err(DeviceError::NotBuilt { device: name.to_owned(), feature: "cuda" })
+    Err(DeviceError::NotBuilt {
+        device: name.to_owned(),
+        feature: "cuda",
+    })
 }
 
 #[cfg(feature = "rocm")]
@@ -184,7 +200,10 @@ fn rocm(name: &str, index: usize) -> Result<Device, DeviceError> {
 
 #[cfg(not(feature = "rocm"))]
 fn rocm(name: &str, _index: usize) -> Result<Device, DeviceError> {
-    Err(DeviceError::NotBuilt { device: name.to_owned(), feature: "rocm" })
+    Err(DeviceError::NotBuilt {
+        device: name.to_owned(),
+        feature: "rocm",
+    })
 }
 
 #[cfg(feature = "vulkan")]
@@ -194,20 +213,27 @@ fn vulkan(name: &str, index: Option<usize>) -> Result<Device, DeviceError> {
     let missing = || DeviceError::Missing {
         device: name.to_owned(),
         missing: "no Vulkan device was found".to_owned(),
-        cure: "install your GPU's Vulkan driver, or Mesa's software one (Debian: mesa-vulkan-drivers)".to_owned(),
+        cure: "install your GPU's Vulkan driver, or Mesa's software one (Debian: mesa-vulkan-drivers)"
+            .to_owned(),
     };
     if !library_exists("libvulkan.so") {
         return Err(missing());
     }
     match index {
         Some(index) => Ok(Device::vulkan(DeviceKind::DiscreteGpu(index))),
-        None => Device::enumerate(DeviceType::Vulkan).into_iter().next().ok_or_else(missing),
+        None => Device::enumerate(DeviceType::Vulkan)
+            .into_iter()
+            .next()
+            .ok_or_else(missing),
     }
 }
 
 #[cfg(not(feature = "vulkan"))]
 fn vulkan(name: &str, _index: Option<usize>) -> Result<Device, DeviceError> {
-    Err(DeviceError::NotBuilt { device: name.to_owned(), feature: "vulkan" })
+    Err(DeviceError::NotBuilt {
+        device: name.to_owned(),
+        feature: "vulkan",
+    })
 }
 
 #[cfg(feature = "metal")]
@@ -217,7 +243,10 @@ fn metal(_name: &str) -> Result<Device, DeviceError> {
 
 #[cfg(not(feature = "metal"))]
 fn metal(name: &str) -> Result<Device, DeviceError> {
-    Err(DeviceError::NotBuilt { device: name.to_owned(), feature: "metal" })
+    Err(DeviceError::NotBuilt {
+        device: name.to_owned(),
+        feature: "metal",
+    })
 }
 
 #[cfg(test)]

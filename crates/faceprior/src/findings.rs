@@ -44,7 +44,10 @@ impl Findings {
         let encoder = Evaluations::read(dir, StageName::Encoder)?;
         let accuracy = |scored: &faceprior_eval::verification::Scored| {
             let accuracy = scored.result().accuracy;
-            [accuracy.value, accuracy.interval.map_or(accuracy.value, |interval| interval.low)]
+            [
+                accuracy.value,
+                accuracy.interval.map_or(accuracy.value, |interval| interval.low),
+            ]
         };
         Ok(Self {
             sample_distance: [prior.first("sample_distance")?, prior.last("sample_distance")?],
@@ -59,7 +62,8 @@ impl Findings {
     /// One line for each stage.
     pub fn lines(&self) -> [String; 3] {
         let [early, late] = self.sample_distance;
-        let percent = |[value, low]: [f64; 2]| format!("{:.1}% (at least {:.1}%)", 100.0 * value, 100.0 * low);
+        let percent =
+            |[value, low]: [f64; 2]| format!("{:.1}% (at least {:.1}%)", 100.0 * value, 100.0 * low);
         [
             format!("prior       its samples came from {early:.3} to {late:.3} of the real pictures"),
             format!(
@@ -79,7 +83,12 @@ impl Findings {
     pub fn failures(&self) -> Vec<String> {
         let [early, late] = self.sample_distance;
         let floors = [
-            (late < early, format!("the prior's last samples are {late:.3} from the real pictures, its first {early:.3}")),
+            (
+                late < early,
+                format!(
+                    "the prior's last samples are {late:.3} from the real pictures, its first {early:.3}"
+                ),
+            ),
             (
                 self.reconstruction_error < self.mean_picture_error,
                 format!(
@@ -89,14 +98,23 @@ impl Findings {
             ),
             (
                 self.accuracy[1] > CHANCE,
-                format!("the recogniser from the prior is not above chance: {:?}", self.accuracy),
+                format!(
+                    "the recogniser from the prior is not above chance: {:?}",
+                    self.accuracy
+                ),
             ),
             (
                 self.scratch_accuracy[1] > CHANCE,
-                format!("the recogniser from scratch is not above chance: {:?}", self.scratch_accuracy),
+                format!(
+                    "the recogniser from scratch is not above chance: {:?}",
+                    self.scratch_accuracy
+                ),
             ),
         ];
-        floors.into_iter().filter_map(|(met, failure)| (!met).then_some(failure)).collect()
+        floors
+            .into_iter()
+            .filter_map(|(met, failure)| (!met).then_some(failure))
+            .collect()
     }
 }
 
@@ -109,7 +127,10 @@ struct Evaluations {
 impl Evaluations {
     fn read(dir: &Path, stage: StageName) -> Result<Self, TrainError> {
         let records = read_log(&dir.join(stage.as_str()))?;
-        let records = records.into_iter().filter(|record| record["event"] == "evaluation").collect();
+        let records = records
+            .into_iter()
+            .filter(|record| record["event"] == "evaluation")
+            .collect();
         Ok(Self { stage, records })
     }
 
@@ -123,7 +144,10 @@ impl Evaluations {
 
     fn value(&self, record: Option<&Value>, name: &str) -> Result<f64, TrainError> {
         record.and_then(|record| record[name].as_f64()).ok_or_else(|| {
-            TrainError::Invalid(format!("the log of the {} stage has no evaluation with {name}", self.stage))
+            TrainError::Invalid(format!(
+                "the log of the {} stage has no evaluation with {name}",
+                self.stage
+            ))
         })
     }
 }
@@ -147,11 +171,26 @@ mod tests {
     fn each_floor_can_be_missed() {
         assert!(good().failures().is_empty());
         let missed = [
-            Findings { sample_distance: [1.0, 1.0], ..good() },
-            Findings { reconstruction_error: 0.2, ..good() },
-            Findings { accuracy: [0.52, 0.49], ..good() },
-            Findings { scratch_accuracy: [0.52, 0.49], ..good() },
-            Findings { reconstruction_error: f64::NAN, ..good() },
+            Findings {
+                sample_distance: [1.0, 1.0],
+                ..good()
+            },
+            Findings {
+                reconstruction_error: 0.2,
+                ..good()
+            },
+            Findings {
+                accuracy: [0.52, 0.49],
+                ..good()
+            },
+            Findings {
+                scratch_accuracy: [0.52, 0.49],
+                ..good()
+            },
+            Findings {
+                reconstruction_error: f64::NAN,
+                ..good()
+            },
         ];
         for findings in missed {
             assert_eq!(findings.failures().len(), 1, "{findings:?}");

@@ -59,7 +59,9 @@ mod tests {
 
     #[test]
     fn a_cause_is_said_once() {
-        let error = anyhow!("no space left").context("cannot write a.png: no space left").context("cannot align");
+        let error = anyhow!("no space left")
+            .context("cannot write a.png: no space left")
+            .context("cannot align");
         assert_eq!(message(&error), "cannot align: cannot write a.png: no space left");
     }
 }

@@ -19,10 +19,10 @@ use faceprior_train::recipe::{Recipe, StageName};
 use faceprior_train::run::{Run, Start};
 use faceprior_train::signals::Stop;
 use faceprior_train::sources;
+use faceprior_train::stages::Stage;
 use faceprior_train::stages::encoder::{self, EncoderStage};
 use faceprior_train::stages::prior::{self, PriorStage};
 use faceprior_train::stages::recognizer::{self, RecognizerStage};
-use faceprior_train::stages::Stage;
 use rayon::prelude::*;
 
 /// Side of the grey pictures that the pixel baseline sees.
@@ -31,8 +31,12 @@ const BASELINE_SIDE: usize = 28;
 const BASELINE_COMPONENTS: usize = 150;
 
 /// The stages in the order in which they run.
-pub const STAGES: [StageName; 4] =
-    [StageName::Prior, StageName::Encoder, StageName::Recognizer, StageName::Scratch];
+pub const STAGES: [StageName; 4] = [
+    StageName::Prior,
+    StageName::Encoder,
+    StageName::Recognizer,
+    StageName::Scratch,
+];
 
 /// What all stages of a pipeline share.
 pub struct Pipeline<'a> {
@@ -72,7 +76,11 @@ impl Pipeline<'_> {
             }
             last = Some(outcome);
         }
-        Ok(last.unwrap_or(Outcome::Finished { exports: Vec::new(), step: 0, score: None }))
+        Ok(last.unwrap_or(Outcome::Finished {
+            exports: Vec::new(),
+            step: 0,
+            score: None,
+        }))
     }
 
     /// Trains one stage in its own directory, from the exports of the stage before it.
@@ -85,8 +93,20 @@ impl Pipeline<'_> {
         start: Start,
         reporter: &mut dyn Reporter,
     ) -> Result<Outcome, TrainError> {
-        let inputs = Inputs { prior: self.stage_dir(StageName::Prior), encoder: self.stage_dir(StageName::Encoder) };
-        train_stage(stage, self.recipe, &inputs, &self.stage_dir(stage), self.device, start, self.stop, reporter)
+        let inputs = Inputs {
+            prior: self.stage_dir(StageName::Prior),
+            encoder: self.stage_dir(StageName::Encoder),
+        };
+        train_stage(
+            stage,
+            self.recipe,
+            &inputs,
+            &self.stage_dir(stage),
+            self.device,
+            start,
+            self.stop,
+            reporter,
+        )
     }
 
     /// The run directory of a stage.
@@ -107,8 +127,14 @@ impl Pipeline<'_> {
     pub fn score(&self, progress: &mut dyn FnMut(usize, usize)) -> Result<Scores, TrainError> {
         let pairs = sources::test_pairs(self.recipe)?;
         let options = EmbedOptions::from(&self.recipe.eval);
-        let bootstrap = Bootstrap { draws: self.recipe.eval.bootstrap_draws, ..Bootstrap::default() };
-        let protocol = Protocol { bootstrap, ..Protocol::default() };
+        let bootstrap = Bootstrap {
+            draws: self.recipe.eval.bootstrap_draws,
+            ..Bootstrap::default()
+        };
+        let protocol = Protocol {
+            bootstrap,
+            ..Protocol::default()
+        };
         let total = 2 * pairs.indices().len();
         let mut score = |stage: StageName, before: usize| {
             let network = read_embedder(&self.recognizer_file(stage), self.device)?;
@@ -119,7 +145,12 @@ impl Pipeline<'_> {
         let scratch = score(StageName::Scratch, pairs.indices().len())?;
         let pixels = score_pixels(self.recipe, &pairs, &protocol)?;
         let difference = verification::compare(&pretrained, &scratch)?;
-        Ok(Scores { pretrained, scratch, pixels, difference })
+        Ok(Scores {
+            pretrained,
+            scratch,
+            pixels,
+            difference,
+        })
     }
 }
 
@@ -153,13 +184,28 @@ pub fn train_stage(
         StageName::Encoder => {
             let generator = Weights::read(&exported(&inputs.prior, prior::EXPORT))?;
             let discriminator = Weights::read(&exported(&inputs.prior, prior::DISCRIMINATOR_EXPORT))?;
-            Box::new(EncoderStage::new(recipe, &generator, &discriminator, sources::prior(recipe)?, device)?)
+            Box::new(EncoderStage::new(
+                recipe,
+                &generator,
+                &discriminator,
+                sources::prior(recipe)?,
+                device,
+            )?)
         }
         StageName::Recognizer => {
             let encoder = Weights::read(&exported(&inputs.encoder, encoder::EXPORT))?;
-            Box::new(RecognizerStage::from_encoder(recipe, &encoder, sources::labelled(recipe)?, device)?)
+            Box::new(RecognizerStage::from_encoder(
+                recipe,
+                &encoder,
+                sources::labelled(recipe)?,
+                device,
+            )?)
         }
-        StageName::Scratch => Box::new(RecognizerStage::from_scratch(recipe, sources::labelled(recipe)?, device)?),
+        StageName::Scratch => Box::new(RecognizerStage::from_scratch(
+            recipe,
+            sources::labelled(recipe)?,
+            device,
+        )?),
     };
     driver::train(&mut *stage, &mut run, stop, reporter)
 }
@@ -167,7 +213,11 @@ pub fn train_stage(
 /// A file of a run directory's export, where the directory of the export itself may be given too.
 fn exported(dir: &Path, file: &str) -> PathBuf {
     let inside = dir.join(file);
-    if inside.is_file() { inside } else { dir.join("export").join(file) }
+    if inside.is_file() {
+        inside
+    } else {
+        dir.join("export").join(file)
+    }
 }
 
 /// The floor that a recogniser must clear: principal components of grey pixels, of the same training pictures. As in
@@ -177,7 +227,9 @@ fn score_pixels(recipe: &Recipe, pairs: &PairSet, protocol: &Protocol) -> Result
     let all: Vec<usize> = (0..training.len()).collect();
     let fitted_on: Vec<Vec<f32>> = grey_pixels(&*training, &all).into_iter().flatten().collect();
     let components = BASELINE_COMPONENTS.min(fitted_on.len().saturating_sub(1)).max(1);
-    let pixels = grey_pixels(&**pairs.dataset(), pairs.indices()).into_iter().collect::<Result<Vec<_>, _>>()?;
+    let pixels = grey_pixels(&**pairs.dataset(), pairs.indices())
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()?;
     let rows = |pixels: Vec<Vec<f32>>| Embeddings::new(BASELINE_SIDE * BASELINE_SIDE, pixels.concat());
     let embeddings = PixelPca::fit(&rows(fitted_on)?, components)?.embed(&rows(pixels)?)?;
     Ok(verification::verify(&embeddings, pairs.pairs(), protocol)?)

@@ -69,7 +69,14 @@ impl Progress {
         } else {
             Show::Lines(Mutex::new(Instant::now()))
         };
-        Self { title, unit, total, before, started: Instant::now(), show }
+        Self {
+            title,
+            unit,
+            total,
+            before,
+            started: Instant::now(),
+            show,
+        }
     }
 
     /// `done` units are done, those of earlier processes included.
@@ -127,14 +134,22 @@ pub struct TrainingProgress {
 impl TrainingProgress {
     /// Shows nothing but warnings when `quiet`.
     pub fn new(quiet: bool) -> Self {
-        Self { quiet, progress: None }
+        Self {
+            quiet,
+            progress: None,
+        }
     }
 }
 
 impl Reporter for TrainingProgress {
     fn report(&mut self, event: Event<'_>) {
         match event {
-            Event::Started { stage, images, total_images, resumed_from } => {
+            Event::Started {
+                stage,
+                images,
+                total_images,
+                resumed_from,
+            } => {
                 if !self.quiet {
                     match resumed_from {
                         Some(path) => say(format_args!("{stage}: resumed from {}", path.display())),
@@ -144,7 +159,12 @@ impl Reporter for TrainingProgress {
                 let progress = Progress::new(stage.as_str(), "img", total_images, images, self.quiet);
                 self.progress = Some(progress);
             }
-            Event::Step { clock, report, images_per_second, remaining } => {
+            Event::Step {
+                clock,
+                report,
+                images_per_second,
+                remaining,
+            } => {
                 if let Some(progress) = &self.progress {
                     let note = format!("loss {:.4}", report.loss);
                     progress.at_rate(clock.images, images_per_second, remaining, note);
@@ -157,9 +177,16 @@ impl Reporter for TrainingProgress {
             }
             Event::Evaluated { clock, evaluation } => {
                 if !self.quiet {
-                    let values: Vec<String> =
-                        evaluation.values.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
-                    say(format_args!("  after {:>8} images: {}", clock.images, values.join(", ")));
+                    let values: Vec<String> = evaluation
+                        .values
+                        .iter()
+                        .map(|(name, value)| format!("{name} {value:.4}"))
+                        .collect();
+                    say(format_args!(
+                        "  after {:>8} images: {}",
+                        clock.images,
+                        values.join(", ")
+                    ));
                 }
             }
             Event::Checkpoint { path } => tracing::debug!("wrote {}", path.display()),

@@ -45,7 +45,16 @@ impl Provenance {
     /// Of this process, now.
     pub fn now(device: &Device) -> Self {
         let words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
-        let words: Vec<String> = words.skip(1).map(|word| if word.contains(' ') { format!("'{word}'") } else { word }).collect();
+        let words: Vec<String> = words
+            .skip(1)
+            .map(|word| {
+                if word.contains(' ') {
+                    format!("'{word}'")
+                } else {
+                    word
+                }
+            })
+            .collect();
         Self {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             commit: env!("FACEPRIOR_COMMIT").to_owned(),
@@ -60,7 +69,9 @@ impl Provenance {
 
 /// The time as `2026-11-24 12:00 UTC`.
 fn utc_now() -> String {
-    let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    let seconds = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |time| time.as_secs());
     let (days, second) = ((seconds / 86_400) as i64, seconds % 86_400);
     // Civil date from days since 1970: years of 365.2425 days that begin in March, in eras of 400.
     let shifted = days + 719_468;
@@ -68,17 +79,31 @@ fn utc_now() -> String {
     let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
     let day_of_year = day - (365 * year + year / 4 - year / 100);
     let from_march = (5 * day_of_year + 2) / 153;
-    let (month, date) =
-        (if from_march < 10 { from_march + 3 } else { from_march - 9 }, day_of_year - (153 * from_march + 2) / 5 + 1);
+    let (month, date) = (
+        if from_march < 10 {
+            from_march + 3
+        } else {
+            from_march - 9
+        },
+        day_of_year - (153 * from_march + 2) / 5 + 1,
+    );
     let year = year + 400 * era + i64::from(month <= 2);
-    format!("{year:04}-{month:02}-{date:02} {:02}:{:02} UTC", second / 3600, second / 60 % 60)
+    format!(
+        "{year:04}-{month:02}-{date:02} {:02}:{:02} UTC",
+        second / 3600,
+        second / 60 % 60
+    )
 }
 
 /// Composes the page of a pipeline whose stages are all trained.
 ///
 /// # Errors
 /// Logs or sample pictures that cannot be read.
-pub fn compose(pipeline: &Pipeline<'_>, scores: &Scores, provenance: &Provenance) -> Result<Report, TrainError> {
+pub fn compose(
+    pipeline: &Pipeline<'_>,
+    scores: &Scores,
+    provenance: &Provenance,
+) -> Result<Report, TrainError> {
     let logs = logs_by_name(pipeline)?;
     let difference = &scores.difference.accuracy;
     let verdict = match (difference.is_clear(), difference.value > 0.0) {
@@ -89,7 +114,10 @@ pub fn compose(pipeline: &Pipeline<'_>, scores: &Scores, provenance: &Provenance
     let accuracy = |scored: &Scored| scored.result().accuracy;
     Ok(Report {
         title: "From faces to a recogniser".to_owned(),
-        kicker: format!("faceprior {} · {} · {}", provenance.version, pipeline.recipe.about, provenance.date),
+        kicker: format!(
+            "faceprior {} · {} · {}",
+            provenance.version, pipeline.recipe.about, provenance.date
+        ),
         summary: vec![
             format!("{verdict}: {} in accuracy.", difference.as_points()),
             format!(
@@ -108,7 +136,13 @@ pub fn compose(pipeline: &Pipeline<'_>, scores: &Scores, provenance: &Provenance
         sections: vec![
             verification(scores)?,
             learning(&logs),
-            stage_section("The prior", "What stage 1 draws, and how it got there.", pipeline, StageName::Prior, &logs)?,
+            stage_section(
+                "The prior",
+                "What stage 1 draws, and how it got there.",
+                pipeline,
+                StageName::Prior,
+                &logs,
+            )?,
             stage_section(
                 "The encoder",
                 "Pictures that stage 2 never saw in training, and what it finds of them in the prior.",
@@ -123,7 +157,11 @@ pub fn compose(pipeline: &Pipeline<'_>, scores: &Scores, provenance: &Provenance
 }
 
 fn verification(scores: &Scores) -> Result<Section, TrainError> {
-    let models = [(PRETRAINED, &scores.pretrained), (SCRATCH, &scores.scratch), (PIXELS, &scores.pixels)];
+    let models = [
+        (PRETRAINED, &scores.pretrained),
+        (SCRATCH, &scores.scratch),
+        (PIXELS, &scores.pixels),
+    ];
     let curves = models.map(|(name, scored)| (name, scored.roc()));
     let mut blocks = vec![
         Block::Table(comparison_table(&models)?),
@@ -133,9 +171,15 @@ fn verification(scores: &Scores) -> Result<Section, TrainError> {
         },
     ];
     for (name, scored) in &models[..2] {
-        blocks.push(Block::Chart { svg: score_histogram(&format!("Scores, {name}"), scored), caption: String::new() });
+        blocks.push(Block::Chart {
+            svg: score_histogram(&format!("Scores, {name}"), scored),
+            caption: String::new(),
+        });
     }
-    Ok(Section { title: "Verification".to_owned(), blocks })
+    Ok(Section {
+        title: "Verification".to_owned(),
+        blocks,
+    })
 }
 
 /// The numbers of a run by name, each against the images seen.
@@ -154,8 +198,13 @@ impl Log {
                 Some("evaluation") => &mut log.evaluations,
                 _ => continue,
             };
-            let (Some(images), Some(fields)) = (record["images"].as_f64(), record.as_object()) else { continue };
-            for (name, value) in fields.iter().filter(|(name, _)| !["step", "images", "epoch"].contains(&name.as_str())) {
+            let (Some(images), Some(fields)) = (record["images"].as_f64(), record.as_object()) else {
+                continue;
+            };
+            for (name, value) in fields
+                .iter()
+                .filter(|(name, _)| !["step", "images", "epoch"].contains(&name.as_str()))
+            {
                 if let Some(value) = Value::as_f64(value) {
                     numbers.entry(name.clone()).or_default().push([images, value]);
                 }
@@ -178,19 +227,32 @@ fn learning(logs: &BTreeMap<&'static str, Log>) -> Section {
         [(StageName::Recognizer, PRETRAINED), (StageName::Scratch, SCRATCH)]
             .into_iter()
             .filter_map(|(stage, label)| {
-                Some(Series::new(label, logs.get(stage.as_str())?.steps.get(name)?.clone()))
+                Some(Series::new(
+                    label,
+                    logs.get(stage.as_str())?.steps.get(name)?.clone(),
+                ))
             })
             .collect()
     };
     let chart = |title: &str, name: &str, y: Axis| Block::Chart {
-        svg: LineChart { title: title.to_owned(), x: Axis::linear("images seen"), y, series: curves(name) }.svg(),
+        svg: LineChart {
+            title: title.to_owned(),
+            x: Axis::linear("images seen"),
+            y,
+            series: curves(name),
+        }
+        .svg(),
         caption: String::new(),
     };
     Section {
         title: "How the recognisers learnt".to_owned(),
         blocks: vec![
             chart("Training loss", "loss", Axis::linear("loss")),
-            chart("Training pictures whose identity is ranked first", "top1", Axis::linear("share").percent()),
+            chart(
+                "Training pictures whose identity is ranked first",
+                "top1",
+                Axis::linear("share").percent(),
+            ),
         ],
     }
 }
@@ -223,12 +285,24 @@ fn stage_section(
             blocks.push(chart(&title, vec![Series::new(spaced(name), points.clone())]));
         }
     }
-    Ok(Section { title: title.to_owned(), blocks })
+    Ok(Section {
+        title: title.to_owned(),
+        blocks,
+    })
 }
 
 fn chart(title: &str, series: Vec<Series>) -> Block {
     let (x, y) = (Axis::linear("images seen"), Axis::linear(""));
-    Block::Chart { svg: LineChart { title: title.to_owned(), x, y, series }.svg(), caption: String::new() }
+    Block::Chart {
+        svg: LineChart {
+            title: title.to_owned(),
+            x,
+            y,
+            series,
+        }
+        .svg(),
+        caption: String::new(),
+    }
 }
 
 fn spaced(name: &str) -> String {
@@ -244,11 +318,17 @@ fn samples(dir: &Path) -> Result<Vec<Picture>, TrainError> {
     let mut kinds: BTreeMap<String, Vec<(u64, PathBuf)>> = BTreeMap::new();
     for entry in std::fs::read_dir(dir).map_err(failed("list", dir))? {
         let path = entry.map_err(failed("list", dir))?.path();
-        let name = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.strip_prefix("step-"));
+        let name = path
+            .file_stem()
+            .and_then(|stem| stem.to_str())
+            .and_then(|stem| stem.strip_prefix("step-"));
         if let Some((step, kind)) = name.and_then(|name| name.split_once('-'))
             && let Ok(step) = step.parse()
         {
-            kinds.entry(kind.to_owned()).or_default().push((step, path.clone()));
+            kinds
+                .entry(kind.to_owned())
+                .or_default()
+                .push((step, path.clone()));
         }
     }
     let mut pictures = Vec::new();
@@ -269,7 +349,10 @@ fn limits() -> Section {
     let text = "One seed. The interval says how far the result depends on who is in the test pairs; how far it depends on \
                 the random start of the training, only several seeds can say. Nothing that was trained on identity labels \
                 entered the prior or the encoder; both recognisers saw the same pictures in the same order.";
-    Section { title: "What this does not say".to_owned(), blocks: vec![Block::Note(text.to_owned())] }
+    Section {
+        title: "What this does not say".to_owned(),
+        blocks: vec![Block::Note(text.to_owned())],
+    }
 }
 
 fn origin(pipeline: &Pipeline<'_>, provenance: &Provenance) -> Section {
@@ -285,8 +368,14 @@ fn origin(pipeline: &Pipeline<'_>, provenance: &Provenance) -> Section {
         fact("seed", &pipeline.recipe.seed.to_string()),
         fact("recipe hash", &pipeline.recipe.hash()),
     ];
-    let recipe = Block::Code { caption: "recipe.toml, as resolved".to_owned(), text: pipeline.recipe.resolved() };
-    Section { title: "Where it comes from".to_owned(), blocks: vec![Block::Facts(facts), recipe] }
+    let recipe = Block::Code {
+        caption: "recipe.toml, as resolved".to_owned(),
+        text: pipeline.recipe.resolved(),
+    };
+    Section {
+        title: "Where it comes from".to_owned(),
+        blocks: vec![Block::Facts(facts), recipe],
+    }
 }
 
 #[cfg(test)]

@@ -8,8 +8,19 @@ const ALLOWED: [(&str, &[&str]); 7] = [
     ("faceprior-nets", &["faceprior-ops"]),
     ("faceprior-data", &[]),
     ("faceprior-eval", &[]),
-    ("faceprior-faces", &["faceprior-data", "faceprior-nets", "faceprior-ops"]),
-    ("faceprior-train", &["faceprior-data", "faceprior-eval", "faceprior-nets", "faceprior-ops"]),
+    (
+        "faceprior-faces",
+        &["faceprior-data", "faceprior-nets", "faceprior-ops"],
+    ),
+    (
+        "faceprior-train",
+        &[
+            "faceprior-data",
+            "faceprior-eval",
+            "faceprior-nets",
+            "faceprior-ops",
+        ],
+    ),
     (
         "faceprior",
         &[
@@ -27,18 +38,28 @@ const ALLOWED: [(&str, &[&str]); 7] = [
 const WITHOUT_TENSORS: [&str; 2] = ["faceprior-data", "faceprior-eval"];
 
 fn crates() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("crates/").to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("crates/")
+        .to_owned()
 }
 
 fn manifest(name: &str) -> toml::Table {
     let path = crates().join(name).join("Cargo.toml");
     let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    text.parse().unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    text.parse()
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 fn dependencies(name: &str) -> Vec<String> {
     let manifest = manifest(name);
-    manifest.get("dependencies").and_then(toml::Value::as_table).into_iter().flatten().map(|(n, _)| n.clone()).collect()
+    manifest
+        .get("dependencies")
+        .and_then(toml::Value::as_table)
+        .into_iter()
+        .flatten()
+        .map(|(n, _)| n.clone())
+        .collect()
 }
 
 fn sources(name: &str) -> Vec<(PathBuf, String)> {
@@ -67,7 +88,13 @@ fn without_tests(text: &str) -> &str {
 fn every_crate_is_listed() {
     let mut found: Vec<String> = std::fs::read_dir(crates())
         .expect("crates/")
-        .map(|entry| entry.expect("a folder entry").file_name().to_string_lossy().into_owned())
+        .map(|entry| {
+            entry
+                .expect("a folder entry")
+                .file_name()
+                .to_string_lossy()
+                .into_owned()
+        })
         .collect();
     let mut listed: Vec<String> = ALLOWED.iter().map(|(name, _)| (*name).to_owned()).collect();
     found.sort();
@@ -78,8 +105,14 @@ fn every_crate_is_listed() {
 #[test]
 fn dependencies_point_one_way() {
     for (name, allowed) in ALLOWED {
-        for dependency in dependencies(name).iter().filter(|dependency| dependency.starts_with("faceprior")) {
-            assert!(allowed.contains(&dependency.as_str()), "{name} may not depend on {dependency}");
+        for dependency in dependencies(name)
+            .iter()
+            .filter(|dependency| dependency.starts_with("faceprior"))
+        {
+            assert!(
+                allowed.contains(&dependency.as_str()),
+                "{name} may not depend on {dependency}"
+            );
         }
     }
 }
@@ -97,11 +130,18 @@ fn data_and_eval_know_no_tensors() {
 #[test]
 fn networks_do_no_io() {
     for (path, text) in sources("faceprior-nets") {
-        if path.components().any(|part| part.as_os_str().to_string_lossy().starts_with("weights")) {
+        if path
+            .components()
+            .any(|part| part.as_os_str().to_string_lossy().starts_with("weights"))
+        {
             continue;
         }
         for word in ["std::fs", "std::io", "File::open", "File::create"] {
-            assert!(!without_tests(&text).contains(word), "{} uses {word}", path.display());
+            assert!(
+                !without_tests(&text).contains(word),
+                "{} uses {word}",
+                path.display()
+            );
         }
     }
 }
@@ -111,7 +151,11 @@ fn only_the_program_prints_parses_or_exits() {
     for (name, _) in ALLOWED.iter().filter(|(name, _)| *name != "faceprior") {
         for (path, text) in sources(name) {
             for word in ["println!", "print!(", "process::exit", "env::args", "use clap"] {
-                assert!(!without_tests(&text).contains(word), "{} uses {word}", path.display());
+                assert!(
+                    !without_tests(&text).contains(word),
+                    "{} uses {word}",
+                    path.display()
+                );
             }
         }
     }

@@ -40,7 +40,10 @@ fn wrong_usage_ends_with_2_and_says_what_is_right() {
     let error = failure(&["align", "in", "out", "--size", "huge"], 2);
     assert!(error.contains("such as 96x112"), "{error}");
     let error = failure(&["train", "recognizer", "--recipe", "demo", "--out", "x"], 2);
-    assert!(error.contains("--encoder") || error.contains("--from-scratch"), "{error}");
+    assert!(
+        error.contains("--encoder") || error.contains("--from-scratch"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -49,7 +52,10 @@ fn missing_and_empty_folders_are_named_with_a_cure() {
     let missing = folder.path().join("no such folder");
     let out = folder.path().join("out");
     let error = failure(&["align", text(&missing), text(&out)], 1);
-    assert!(error.contains("no such folder") && error.contains("hint"), "{error}");
+    assert!(
+        error.contains("no such folder") && error.contains("hint"),
+        "{error}"
+    );
     let empty = folder.path().join("empty");
     fs::create_dir(&empty).expect("a folder");
     let error = failure(&["align", text(&empty), text(&out)], 1);
@@ -60,7 +66,12 @@ fn missing_and_empty_folders_are_named_with_a_cure() {
 fn recipes_are_listed_shown_and_checked() {
     let output = faceprior(&["recipe", "list", "--json"]);
     let listed: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    let names: Vec<_> = listed.as_array().expect("a list").iter().map(|recipe| recipe["name"].clone()).collect();
+    let names: Vec<_> = listed
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|recipe| recipe["name"].clone())
+        .collect();
     assert_eq!(names, ["demo", "small", "paper"]);
 
     let shown = stdout(&faceprior(&["recipe", "show", "demo"]));
@@ -71,7 +82,10 @@ fn recipes_are_listed_shown_and_checked() {
     let path = folder.path().join("mine.toml");
     fs::write(&path, shown.replace("style_mixing", "style_mixin")).expect("a file");
     let error = failure(&["recipe", "check", text(&path)], 1);
-    assert!(error.contains("mine.toml") && error.contains("style_mixin") && error.contains("style_mixing"), "{error}");
+    assert!(
+        error.contains("mine.toml") && error.contains("style_mixin") && error.contains("style_mixing"),
+        "{error}"
+    );
     let error = failure(&["recipe", "check", "dmeo"], 1);
     assert!(error.contains("demo"), "{error}");
 }
@@ -83,7 +97,16 @@ fn a_file_that_is_no_model_is_a_clear_error() {
     fs::write(&path, b"\xff\xff\xff\xff\xff\xff\xff\x7fnothing").expect("a file");
     let error = failure(&["model", "inspect", text(&path)], 1);
     assert!(error.contains("broken.safetensors"), "{error}");
-    let error = failure(&["embed", "--model", text(&path), text(folder.path()), "out.safetensors"], 1);
+    let error = failure(
+        &[
+            "embed",
+            "--model",
+            text(&path),
+            text(folder.path()),
+            "out.safetensors",
+        ],
+        1,
+    );
     assert!(error.contains("broken.safetensors"), "{error}");
 }
 
@@ -107,8 +130,14 @@ fn a_second_process_on_a_run_directory_is_turned_away() {
     let folder = tempfile::tempdir().expect("a folder");
     let recipe = Recipe::load("demo", &[]).expect("a recipe");
     let _held = Run::open(folder.path(), StageName::Prior, &recipe, Start::ResumeOrBegin).expect("a run");
-    let error = failure(&["train", "gan", "--recipe", "demo", "--out", text(folder.path())], 1);
-    assert!(error.contains("in use") && error.contains(&std::process::id().to_string()), "{error}");
+    let error = failure(
+        &["train", "gan", "--recipe", "demo", "--out", text(folder.path())],
+        1,
+    );
+    assert!(
+        error.contains("in use") && error.contains(&std::process::id().to_string()),
+        "{error}"
+    );
 }
 
 #[test]
@@ -119,13 +148,32 @@ fn broken_pictures_are_counted_and_kept_apart() {
     fs::write(pictures.join("cut short.jpg"), b"\xff\xd8\xff\xe0\x00\x10JFIF").expect("a file");
     let out = folder.path().join("out");
     let output = faceprior(&["align", text(&pictures), text(&out), "--one", "--json"]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     let summary: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    assert_eq!((&summary["listed"], &summary["unreadable"]), (&3.into(), &1.into()));
+    assert_eq!(
+        (&summary["listed"], &summary["unreadable"]),
+        (&3.into(), &1.into())
+    );
     let unreadable = fs::read_to_string(out.join("unreadable.txt")).expect("a list");
     assert!(unreadable.contains("cut short.jpg"), "{unreadable}");
-    let error = failure(&["align", text(&pictures), text(&folder.path().join("other")), "--max-unreadable", "0"], 1);
-    assert!(error.contains("cut short.jpg") && error.contains("hint"), "{error}");
+    let error = failure(
+        &[
+            "align",
+            text(&pictures),
+            text(&folder.path().join("other")),
+            "--max-unreadable",
+            "0",
+        ],
+        1,
+    );
+    assert!(
+        error.contains("cut short.jpg") && error.contains("hint"),
+        "{error}"
+    );
 }
 
 #[test]

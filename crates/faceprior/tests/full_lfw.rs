@@ -22,13 +22,20 @@ fn a_public_mobilefacenet_verifies_lfw_aligned_by_this_program() {
     };
     let run = |command: &mut Command| -> serde_json::Value {
         let output = command.output().expect("the program starts");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         serde_json::from_slice(&output.stdout).expect("JSON")
     };
     let aligned = run(program()
         .args(["align", "--one", "--size", "96x112"])
         .args([&pictures, &crops]));
-    assert_eq!((&aligned["listed"], &aligned["without_face"]), (&7701.into(), &0.into()));
+    assert_eq!(
+        (&aligned["listed"], &aligned["without_face"]),
+        (&7701.into(), &0.into())
+    );
 
     let scored = run(program()
         .args(["eval", "pairs", "--flip", "concat", "--no-center-crop", "--model"])
@@ -37,6 +44,8 @@ fn a_public_mobilefacenet_verifies_lfw_aligned_by_this_program() {
         .arg(&crops)
         .arg("--pairs")
         .arg(&pairs));
-    let accuracy = scored["model"]["accuracy"]["value"].as_f64().expect("an accuracy");
+    let accuracy = scored["model"]["accuracy"]["value"]
+        .as_f64()
+        .expect("an accuracy");
     assert!(accuracy >= FLOOR, "{accuracy}");
 }

@@ -36,7 +36,11 @@ const TINY: [&str; 27] = [
 
 fn pipeline(out: &Path) -> std::process::Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_faceprior"));
-    command.args(["pipeline", "--recipe", "demo", "--json", "--quiet", "--device", "cpu", "--out"]).arg(out);
+    command
+        .args([
+            "pipeline", "--recipe", "demo", "--json", "--quiet", "--device", "cpu", "--out",
+        ])
+        .arg(out);
     for change in TINY {
         command.args(["--set", change]);
     }
@@ -48,17 +52,30 @@ fn every_stage_feeds_the_next_and_a_second_run_changes_nothing() {
     let folder = tempfile::tempdir().expect("a folder");
     let out = folder.path().join("a run");
     let first = pipeline(&out);
-    assert!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
+    assert!(
+        first.status.success(),
+        "{}",
+        String::from_utf8_lossy(&first.stderr)
+    );
     let summary: serde_json::Value = serde_json::from_slice(&first.stdout).expect("JSON");
     assert_eq!(summary["pretrained"]["pairs"], 80);
     let page = std::fs::read_to_string(out.join("report.html")).expect("a report");
     assert!(page.contains("from scratch") && page.contains("data:image/png"));
 
-    let exports = ["prior/export/generator", "encoder/export/encoder", "recognizer/export/recognizer"];
-    let bytes = || exports.map(|name| std::fs::read(out.join(format!("{name}.safetensors"))).expect("an export"));
+    let exports = [
+        "prior/export/generator",
+        "encoder/export/encoder",
+        "recognizer/export/recognizer",
+    ];
+    let bytes =
+        || exports.map(|name| std::fs::read(out.join(format!("{name}.safetensors"))).expect("an export"));
     let before = bytes();
     let second = pipeline(&out);
-    assert!(second.status.success(), "{}", String::from_utf8_lossy(&second.stderr));
+    assert!(
+        second.status.success(),
+        "{}",
+        String::from_utf8_lossy(&second.stderr)
+    );
     assert!(before == bytes(), "exports changed");
     let again: serde_json::Value = serde_json::from_slice(&second.stdout).expect("JSON");
     assert_eq!(summary["pretrained"], again["pretrained"]);

@@ -11,7 +11,11 @@ use crate::args::{self, OneFace};
 use crate::progress::{Progress, say};
 
 pub fn run(context: &Context, arguments: args::Align) -> Result<()> {
-    let base = if arguments.as_published { AlignSettings::seed() } else { AlignSettings::default() };
+    let base = if arguments.as_published {
+        AlignSettings::seed()
+    } else {
+        AlignSettings::default()
+    };
     let crops = match arguments.one {
         None => Crops::All,
         Some(which) => Crops::One {
@@ -28,7 +32,13 @@ pub fn run(context: &Context, arguments: args::Align) -> Result<()> {
         args::CropFormat::Png => CropFormat::Png,
     };
     let (width, height) = arguments.size;
-    let mut settings = AlignSettings { crops, format, width, height, ..base };
+    let mut settings = AlignSettings {
+        crops,
+        format,
+        width,
+        height,
+        ..base
+    };
     if !arguments.as_published {
         settings.detector.min_face = f64::from(arguments.min_face);
     }
@@ -43,7 +53,13 @@ pub fn run(context: &Context, arguments: args::Align) -> Result<()> {
     let shown: OnceLock<Progress> = OnceLock::new();
     let report = |now: &faces::Progress| {
         let progress = shown.get_or_init(|| {
-            Progress::new("align", "pictures", now.total as u64, now.before as u64, context.quiet)
+            Progress::new(
+                "align",
+                "pictures",
+                now.total as u64,
+                now.before as u64,
+                context.quiet,
+            )
         });
         progress.at((now.before + now.now) as u64, format_args!("{} faces", now.faces));
     };
@@ -69,9 +85,15 @@ fn show(summary: &Summary, arguments: &args::Align) {
     println!("unreadable    {}", counts.unreadable);
     println!("this run      {done} pictures in {:.1} s", summary.seconds);
     if counts.without_face > 0 {
-        say(format_args!("pictures without a face are listed in {}", arguments.out.join("no_face.txt").display()));
+        say(format_args!(
+            "pictures without a face are listed in {}",
+            arguments.out.join("no_face.txt").display()
+        ));
     }
     if counts.unreadable > 0 {
-        say(format_args!("unreadable pictures are listed in {}", arguments.out.join("unreadable.txt").display()));
+        say(format_args!(
+            "unreadable pictures are listed in {}",
+            arguments.out.join("unreadable.txt").display()
+        ));
     }
 }

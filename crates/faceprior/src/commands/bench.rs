@@ -68,16 +68,23 @@ pub fn run(context: &Context, arguments: args::Bench) -> Result<()> {
     let works = if arguments.work.is_empty() {
         let needs_pictures = |work: &Work| matches!(work, Work::Loader | Work::Align);
         let all = Work::value_variants().iter().copied();
-        all.filter(|work| arguments.data.is_some() || !needs_pictures(work)).collect()
+        all.filter(|work| arguments.data.is_some() || !needs_pictures(work))
+            .collect()
     } else {
         arguments.work
     };
     if context.json && works.len() != 1 {
-        bail!("--json times one work a process, so that its memory is its own; got {} works", works.len());
+        bail!(
+            "--json times one work a process, so that its memory is its own; got {} works",
+            works.len()
+        );
     }
     let mut timings = Vec::new();
     for work in works {
-        let name = work.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+        let name = work
+            .to_possible_value()
+            .map(|value| value.get_name().to_owned())
+            .unwrap_or_default();
         let data = arguments.data.as_deref();
         let (items, runs) = time(work, arguments.runs as usize, data, &device)
             .with_context(|| format!("cannot time {name}"))?;
@@ -91,7 +98,12 @@ pub fn run(context: &Context, arguments: args::Bench) -> Result<()> {
         };
         if !context.json {
             let median = timing.median();
-            println!("{:<14} {:>9.2} items/s  {:>9.4} s", timing.work, items as f64 / median, median);
+            println!(
+                "{:<14} {:>9.2} items/s  {:>9.4} s",
+                timing.work,
+                items as f64 / median,
+                median
+            );
         }
         timings.push(timing);
     }
@@ -122,7 +134,9 @@ fn repeat(runs: usize, device: &Device, mut iteration: impl FnMut()) -> Result<V
     for run in 0..WARM_UP + runs {
         let start = Instant::now();
         iteration();
-        device.sync().map_err(|error| anyhow!("the device failed: {error:?}"))?;
+        device
+            .sync()
+            .map_err(|error| anyhow!("the device failed: {error:?}"))?;
         if run >= WARM_UP {
             seconds.push(start.elapsed().as_secs_f64());
         }
@@ -132,11 +146,16 @@ fn repeat(runs: usize, device: &Device, mut iteration: impl FnMut()) -> Result<V
 
 fn pictures(n: usize, channels: usize, size: usize, device: &Device) -> Tensor<4> {
     let values = (0..n * channels * size * size).map(|at| ((at * 37 % 255) as f32 - 127.0) / 127.5);
-    Tensor::from_data(TensorData::new(values.collect(), [n, channels, size, size]), device)
+    Tensor::from_data(
+        TensorData::new(values.collect(), [n, channels, size, size]),
+        device,
+    )
 }
 
 fn recognizer_inference(batch: usize, device: &Device) -> impl FnMut() + use<> {
-    let network = RecognizerConfig::from_encoder(Depth::D50).init(&mut Init::new(1, device)).valid();
+    let network = RecognizerConfig::from_encoder(Depth::D50)
+        .init(&mut Init::new(1, device))
+        .valid();
     let images = pictures(batch, 6, 112, device);
     move || {
         network.forward(images.clone(), Mode::Eval);
@@ -146,14 +165,21 @@ fn recognizer_inference(batch: usize, device: &Device) -> impl FnMut() + use<> {
 fn recognizer_step(batch: usize, device: &Device) -> impl FnMut() + use<> {
     let device = device.clone().autodiff();
     let mut network = RecognizerConfig::from_encoder(Depth::D50).init(&mut Init::new(1, &device));
-    let head = HeadConfig { kind: HeadKind::ArcFace, num_classes: CLASSES, embedding_dim: 512 };
+    let head = HeadConfig {
+        kind: HeadKind::ArcFace,
+        num_classes: CLASSES,
+        embedding_dim: 512,
+    };
     let mut head = head.init(&mut Init::new(2, &device));
     let optimizer = || Optimizer::sgd(0.9, 2e-3, all_but_batch_norm);
     let (mut network_optimizer, mut head_optimizer) = (optimizer(), optimizer());
     let images = pictures(batch, 6, 112, &device);
     let labels: Vec<i64> = (0..batch as i64).collect();
     let labels = Tensor::<1, Int>::from_data(TensorData::new(labels, [batch]), &device);
-    let margin = Margin { scale: 64.0, margin: 0.5 };
+    let margin = Margin {
+        scale: 64.0,
+        margin: 0.5,
+    };
     move || {
         let embeddings = network.forward(images.clone(), Mode::Train);
         let logits = head.logits(embeddings, labels.clone(), margin);
@@ -184,7 +210,11 @@ impl Gan {
             channel_base: 16384,
             channel_max: 512,
         };
-        let discriminator = DiscriminatorConfig { resolution: GAN_SIZE, channel_base: 16384, channel_max: 512 };
+        let discriminator = DiscriminatorConfig {
+            resolution: GAN_SIZE,
+            channel_base: 16384,
+            channel_max: 512,
+        };
         let generator = generator.init(&mut Init::new(1, &device));
         let optimizer = || Optimizer::adam([0.0, 0.99]);
         Self {
@@ -199,24 +229,32 @@ impl Gan {
     }
 
     fn mapped(&mut self) -> Tensor<2> {
-        self.generator.mapping.forward(normal(&mut self.rng, [GAN_BATCH, 512], &self.device))
+        self.generator
+            .mapping
+            .forward(normal(&mut self.rng, [GAN_BATCH, 512], &self.device))
     }
 
     /// Pictures of two mixed codes.
     fn fakes(&mut self) -> Tensor<4> {
         let (first, second) = (self.mapped(), self.mapped());
         let codes = self.generator.mixed_codes(first, second, 4);
-        self.generator.synthesis.forward(codes, Noise::Random(self.rng.clone()))
+        self.generator
+            .synthesis
+            .forward(codes, Noise::Random(self.rng.clone()))
     }
 
     fn step_generator(&mut self, loss: Tensor<1>) {
         let mut gradients = loss.backward();
-        self.generator = self.generator_optimizer.step(self.generator.clone(), &mut gradients, GAN_RATE);
+        self.generator = self
+            .generator_optimizer
+            .step(self.generator.clone(), &mut gradients, GAN_RATE);
     }
 
     fn step_discriminator(&mut self, loss: Tensor<1>) {
         let mut gradients = loss.backward();
-        self.discriminator = self.discriminator_optimizer.step(self.discriminator.clone(), &mut gradients, GAN_RATE);
+        self.discriminator =
+            self.discriminator_optimizer
+                .step(self.discriminator.clone(), &mut gradients, GAN_RATE);
     }
 }
 
@@ -249,7 +287,13 @@ fn path_length_step(device: &Device) -> impl FnMut() + use<> {
     move || {
         let w = gan.mapped();
         let codes = gan.generator.codes(w);
-        let penalty = path_length_penalty(&gan.generator.synthesis, codes, directions.clone(), Noise::Constant, 0.7);
+        let penalty = path_length_penalty(
+            &gan.generator.synthesis,
+            codes,
+            directions.clone(),
+            Noise::Constant,
+            0.7,
+        );
         gan.step_generator(penalty.surrogate.mul_scalar(8.0));
     }
 }
@@ -290,7 +334,13 @@ fn alignment(runs: usize, data: &Path) -> Result<(usize, Vec<f64>)> {
     for run in 0..WARM_UP + runs {
         let out = std::env::temp_dir().join(format!("faceprior-bench-{}-{run}", std::process::id()));
         let start = Instant::now();
-        let outcome = align(data, &out, &AlignOptions::default(), &|_| (), &AtomicBool::new(false));
+        let outcome = align(
+            data,
+            &out,
+            &AlignOptions::default(),
+            &|_| (),
+            &AtomicBool::new(false),
+        );
         let elapsed = start.elapsed().as_secs_f64();
         std::fs::remove_dir_all(&out).with_context(|| format!("cannot remove {}", out.display()))?;
         outcome?;

@@ -19,7 +19,10 @@ pub fn run(context: &Context, arguments: args::Demo) -> Result<()> {
     }
     let failures = findings.failures();
     if !failures.is_empty() {
-        bail!("the demo did not show what it should:\n  {}", failures.join("\n  "));
+        bail!(
+            "the demo did not show what it should:\n  {}",
+            failures.join("\n  ")
+        );
     }
     Ok(())
 }

@@ -38,8 +38,16 @@ pub fn run(context: &Context) -> Result<()> {
         features: device::built_features(),
         devices: devices(),
         programs: vec![
-            program("ffmpeg", "-version", "collecting from videos needs it (Debian: apt install ffmpeg)"),
-            program("yt-dlp", "--version", "collecting from the web needs it (pip install yt-dlp)"),
+            program(
+                "ffmpeg",
+                "-version",
+                "collecting from videos needs it (Debian: apt install ffmpeg)",
+            ),
+            program(
+                "yt-dlp",
+                "--version",
+                "collecting from the web needs it (pip install yt-dlp)",
+            ),
         ],
     };
     if context.json {
@@ -49,7 +57,11 @@ pub fn run(context: &Context) -> Result<()> {
     println!("threads       {}", findings.threads);
     println!("processor     {}", findings.processor);
     println!("instructions  {}", findings.instructions.join(", "));
-    let features = if findings.features.is_empty() { "cpu only".to_owned() } else { findings.features.join(", ") };
+    let features = if findings.features.is_empty() {
+        "cpu only".to_owned()
+    } else {
+        findings.features.join(", ")
+    };
     println!("built with    {features}");
     for (title, entries) in [("devices", &findings.devices), ("programs", &findings.programs)] {
         println!("{title}");
@@ -74,7 +86,10 @@ fn instructions() -> Vec<&'static str> {
     ];
     #[cfg(not(target_arch = "x86_64"))]
     let sets: [(&str, bool); 0] = [];
-    let found: Vec<_> = sets.into_iter().filter_map(|(name, there)| there.then_some(name)).collect();
+    let found: Vec<_> = sets
+        .into_iter()
+        .filter_map(|(name, there)| there.then_some(name))
+        .collect();
     if found.is_empty() { vec!["portable"] } else { found }
 }
 
@@ -82,24 +97,43 @@ fn devices() -> Vec<Usable> {
     ["cpu", "cuda", "rocm", "vulkan", "metal"]
         .into_iter()
         .map(|name| match device::open(name) {
-            Ok(_) => Usable { name: name.to_owned(), ok: true, detail: "usable".to_owned(), hint: None },
+            Ok(_) => Usable {
+                name: name.to_owned(),
+                ok: true,
+                detail: "usable".to_owned(),
+                hint: None,
+            },
             Err(error) => {
                 let message = error.to_string();
                 let (detail, hint) = message.split_once("\nhint: ").unwrap_or((&message, ""));
                 let hint = (!hint.is_empty()).then(|| hint.to_owned());
-                Usable { name: name.to_owned(), ok: false, detail: detail.to_owned(), hint }
+                Usable {
+                    name: name.to_owned(),
+                    ok: false,
+                    detail: detail.to_owned(),
+                    hint,
+                }
             }
         })
         .collect()
 }
 
 fn program(name: &str, version_flag: &str, need: &str) -> Usable {
-    let output = Command::new(name).arg(version_flag).output().ok().filter(|output| output.status.success());
+    let output = Command::new(name)
+        .arg(version_flag)
+        .output()
+        .ok()
+        .filter(|output| output.status.success());
     match output {
         Some(output) => {
             let text = String::from_utf8_lossy(&output.stdout);
             let detail = text.lines().next().unwrap_or_default().to_owned();
-            Usable { name: name.to_owned(), ok: true, detail, hint: None }
+            Usable {
+                name: name.to_owned(),
+                ok: true,
+                detail,
+                hint: None,
+            }
         }
         None => Usable {
             name: name.to_owned(),

@@ -28,20 +28,32 @@ pub fn run(context: &Context, arguments: args::Embed) -> Result<()> {
     let options = options(arguments.flip, arguments.no_center_crop, arguments.batch);
     let indices: Vec<usize> = (0..pictures.len()).collect();
     let progress = Progress::new("embed", "pictures", indices.len() as u64, 0, context.quiet);
-    let Embedded { embeddings, indices, unreadable } =
-        embed(&*network, &pictures, &indices, options, &mut |done| progress.at(done as u64, ""))?;
+    let Embedded {
+        embeddings,
+        indices,
+        unreadable,
+    } = embed(&*network, &pictures, &indices, options, &mut |done| {
+        progress.at(done as u64, "")
+    })?;
     drop(progress);
     for (_, error) in &unreadable {
         say(format_args!("warning: {error}"));
     }
     if indices.is_empty() {
-        bail!("none of the {} pictures in {:?} could be read", unreadable.len(), arguments.input);
+        bail!(
+            "none of the {} pictures in {:?} could be read",
+            unreadable.len(),
+            arguments.input
+        );
     }
 
     let names: Vec<String> = indices.iter().map(|&index| pictures.name(index)).collect();
     let mut file = Weights::new();
     let dim = embeddings.dim();
-    file.insert("embeddings", burn::tensor::TensorData::new(embeddings.into_data(), [names.len(), dim]));
+    file.insert(
+        "embeddings",
+        burn::tensor::TensorData::new(embeddings.into_data(), [names.len(), dim]),
+    );
     file.set_metadata(NAMES, serde_json::to_string(&names)?);
     file.set_metadata("model", arguments.model.display().to_string());
     file.write(&arguments.out)?;
@@ -55,7 +67,10 @@ pub fn run(context: &Context, arguments: args::Embed) -> Result<()> {
     if context.json {
         return super::print_json(&summary);
     }
-    println!("embedded    {} pictures, {} numbers each", summary.embedded, summary.dim);
+    println!(
+        "embedded    {} pictures, {} numbers each",
+        summary.embedded, summary.dim
+    );
     println!("unreadable  {}", summary.unreadable);
     println!("file        {}", summary.file);
     Ok(())

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use burn::tensor::Device;
-use faceprior::data::files::{Durability, write_atomically};
 use faceprior::data::Image;
+use faceprior::data::files::{Durability, write_atomically};
 use faceprior::eval::plot::{roc_chart, score_histogram};
 use faceprior::eval::report::{Block, Picture, Report, Section, comparison_table};
 use faceprior::eval::verification::{Comparison, Protocol, Scored, Verification, compare, verify};
@@ -39,13 +39,30 @@ pub fn run(context: &Context, arguments: args::Eval) -> Result<()> {
         .as_ref()
         .map(|path| score(context, path, &pairs, options, &device))
         .transpose()?;
-    let difference = against.as_ref().map(|against| compare(&model, against)).transpose()?;
+    let difference = against
+        .as_ref()
+        .map(|against| compare(&model, against))
+        .transpose()?;
 
     if let Some(path) = &arguments.report {
         // The file's name will do, unless both models have the same.
-        let short = |path: &Path| path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-        let same = arguments.against.as_ref().is_some_and(|against| short(against) == short(&arguments.model));
-        let name = |path: &Path| if same { path.display().to_string() } else { short(path) };
+        let short = |path: &Path| {
+            path.file_stem()
+                .unwrap_or(path.as_os_str())
+                .to_string_lossy()
+                .into_owned()
+        };
+        let same = arguments
+            .against
+            .as_ref()
+            .is_some_and(|against| short(against) == short(&arguments.model));
+        let name = |path: &Path| {
+            if same {
+                path.display().to_string()
+            } else {
+                short(path)
+            }
+        };
         let mut models = vec![(name(&arguments.model), &model)];
         if let (Some(path), Some(against)) = (&arguments.against, &against) {
             models.push((name(path), against));
@@ -73,23 +90,39 @@ fn score(
     device: &Device,
 ) -> Result<Scored> {
     let network = read_embedder(path, device)?;
-    let progress = Progress::new("embed", "pictures", pairs.indices().len() as u64, 0, context.quiet);
+    let progress = Progress::new(
+        "embed",
+        "pictures",
+        pairs.indices().len() as u64,
+        0,
+        context.quiet,
+    );
     let embeddings = pairs.embed(&*network, options, &mut |done| progress.at(done as u64, ""))?;
     Ok(verify(&embeddings, pairs.pairs(), &Protocol::default())?)
 }
 
 fn show(answer: &Answer<'_>) {
     let models = [("model", Some(answer.model)), ("against", answer.against)];
-    for (name, result) in models.into_iter().filter_map(|(name, result)| Some((name, result?))) {
+    for (name, result) in models
+        .into_iter()
+        .filter_map(|(name, result)| Some((name, result?)))
+    {
         println!("{name}");
-        println!("  accuracy        {} (± {:.2} over folds)", result.accuracy.as_percent(), 100.0 * result.accuracy_std);
+        println!(
+            "  accuracy        {} (± {:.2} over folds)",
+            result.accuracy.as_percent(),
+            100.0 * result.accuracy_std
+        );
         println!("  exact threshold {}", result.exact_accuracy.as_percent());
         println!("  AUC             {}", result.auc.as_percent());
         println!("  EER             {}", result.eer.as_percent());
         for at in &result.tar_at_far {
             println!("  TAR at FAR {:<5} {}", at.far, at.tar.as_percent());
         }
-        println!("  {} pairs, {} genuine and {} impostor", result.pairs, result.genuine, result.impostor);
+        println!(
+            "  {} pairs, {} genuine and {} impostor",
+            result.pairs, result.genuine, result.impostor
+        );
     }
     if let Some(difference) = &answer.difference {
         println!("difference, on the same draws of people");
@@ -99,17 +132,29 @@ fn show(answer: &Answer<'_>) {
 }
 
 fn page(models: &[(String, &Scored)], pairs: &PairSet) -> Result<Report> {
-    let named: Vec<(&str, &Scored)> = models.iter().map(|(name, scored)| (name.as_str(), *scored)).collect();
+    let named: Vec<(&str, &Scored)> = models
+        .iter()
+        .map(|(name, scored)| (name.as_str(), *scored))
+        .collect();
     let curves: Vec<_> = named.iter().map(|(name, scored)| (*name, scored.roc())).collect();
     let mut blocks = vec![
         Block::Table(comparison_table(&named)?),
-        Block::Chart { svg: roc_chart("ROC of all pairs", &curves), caption: String::new() },
+        Block::Chart {
+            svg: roc_chart("ROC of all pairs", &curves),
+            caption: String::new(),
+        },
     ];
     for (name, scored) in &named {
         let svg = score_histogram(&format!("Scores of {name}"), scored);
-        blocks.push(Block::Chart { svg, caption: String::new() });
+        blocks.push(Block::Chart {
+            svg,
+            caption: String::new(),
+        });
     }
-    let mut sections = vec![Section { title: "Verification".to_owned(), blocks }];
+    let mut sections = vec![Section {
+        title: "Verification".to_owned(),
+        blocks,
+    }];
     for (name, scored) in &named {
         let mistakes = scored.mistakes(MISTAKES);
         let mut blocks = Vec::new();
@@ -126,7 +171,10 @@ fn page(models: &[(String, &Scored)], pairs: &PairSet) -> Result<Report> {
                 blocks.push(Block::Pictures(pictures));
             }
         }
-        sections.push(Section { title: format!("Worst mistakes of {name}"), blocks });
+        sections.push(Section {
+            title: format!("Worst mistakes of {name}"),
+            blocks,
+        });
     }
     Ok(Report {
         title: "Pair verification".to_owned(),
@@ -144,9 +192,15 @@ fn side_by_side(pairs: &PairSet, pair: usize, distance: f64) -> Result<Picture> 
     let pair = pairs.pairs()[pair];
     let [left, right] = [pair.left, pair.right].map(|row| pairs.indices()[row]);
     let images = [pairs.dataset().read(left)?, pairs.dataset().read(right)?];
-    let names = [left, right].map(|index| pairs.dataset().name(index)).join(" and ");
+    let names = [left, right]
+        .map(|index| pairs.dataset().name(index))
+        .join(" and ");
     let png = Image::grid(&images, 2)
         .encode(faceprior::data::Encoding::Png)
         .with_context(|| format!("cannot draw {names}"))?;
-    Ok(Picture::new(png, format!("{names}: squared distance {distance:.2}"), names.clone())?)
+    Ok(Picture::new(
+        png,
+        format!("{names}: squared distance {distance:.2}"),
+        names.clone(),
+    )?)
 }

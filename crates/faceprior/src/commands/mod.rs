@@ -46,7 +46,12 @@ pub fn run(arguments: Arguments) -> Result<()> {
             .build_global()
             .context("cannot set the number of threads")?;
     }
-    let context = Context { device: arguments.device, json: arguments.json, quiet: arguments.quiet, threads };
+    let context = Context {
+        device: arguments.device,
+        json: arguments.json,
+        quiet: arguments.quiet,
+        threads,
+    };
     match arguments.command {
         Command::Demo(arguments) => demo::run(&context, arguments),
         Command::Align(arguments) => align::run(&context, arguments),
@@ -59,7 +64,12 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Command::Bench(arguments) => bench::run(&context, arguments),
         Command::Doctor => doctor::run(&context),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Arguments::command(), "faceprior", &mut std::io::stdout());
+            clap_complete::generate(
+                shell,
+                &mut Arguments::command(),
+                "faceprior",
+                &mut std::io::stdout(),
+            );
             Ok(())
         }
     }
@@ -67,6 +77,9 @@ pub fn run(arguments: Arguments) -> Result<()> {
 
 /// Prints a result as one line of JSON on standard output.
 pub fn print_json(value: &impl Serialize) -> Result<()> {
-    println!("{}", serde_json::to_string(value).context("cannot write the result as JSON")?);
+    println!(
+        "{}",
+        serde_json::to_string(value).context("cannot write the result as JSON")?
+    );
     Ok(())
 }

@@ -37,7 +37,10 @@ pub fn run(context: &Context, arguments: args::Model) -> Result<()> {
     let inspected = Inspected {
         file: file.display().to_string(),
         kind: weights.kind().map(str::to_owned),
-        metadata: weights.metadata_entries().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
+        metadata: weights
+            .metadata_entries()
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .collect(),
         tensors: shapes.len(),
         numbers: parts.values().sum(),
         parts,
@@ -47,8 +50,17 @@ pub fn run(context: &Context, arguments: args::Model) -> Result<()> {
         return super::print_json(&inspected);
     }
     println!("file      {}", inspected.file);
-    println!("kind      {}", inspected.kind.as_deref().unwrap_or("not said (no faceprior metadata)"));
-    println!("tensors   {} with {} numbers", inspected.tensors, inspected.numbers);
+    println!(
+        "kind      {}",
+        inspected
+            .kind
+            .as_deref()
+            .unwrap_or("not said (no faceprior metadata)")
+    );
+    println!(
+        "tensors   {} with {} numbers",
+        inspected.tensors, inspected.numbers
+    );
     for (part, numbers) in &inspected.parts {
         println!("  {part:<18} {numbers}");
     }

@@ -4,12 +4,12 @@ use std::path::Path;
 
 use anyhow::Result;
 use faceprior::data::files::{Durability, write_atomically};
+use faceprior::eval::verification::{Comparison, Verification};
 use faceprior::pipeline::{Pipeline, Scores};
 use faceprior::report::{self, Provenance};
 use faceprior::train::recipe::Recipe;
 use faceprior::train::run::Start;
 use faceprior::train::signals::Stop;
-use faceprior::eval::verification::{Comparison, Verification};
 use serde::Serialize;
 
 use super::Context;
@@ -43,7 +43,12 @@ pub fn train_and_report(context: &Context, recipe: &Recipe, dir: &Path, start: S
     let device = context.open_device()?;
     let provenance = Provenance::now(&device);
     let stop = Stop::on_signals()?;
-    let pipeline = Pipeline { recipe, dir, device: &device, stop: &stop };
+    let pipeline = Pipeline {
+        recipe,
+        dir,
+        device: &device,
+        stop: &stop,
+    };
     let mut progress = TrainingProgress::new(context.quiet);
     finished(pipeline.train(start, &mut progress)?)?;
     drop(progress);
@@ -85,5 +90,9 @@ fn show(scores: &Scores) {
     ] {
         println!("{name:<13} accuracy {}", scored.result().accuracy.as_percent());
     }
-    println!("{:<13} {} on the same people", "difference", scores.difference.accuracy.as_points());
+    println!(
+        "{:<13} {} on the same people",
+        "difference",
+        scores.difference.accuracy.as_points()
+    );
 }

@@ -23,7 +23,11 @@ pub fn run(context: &Context, arguments: args::Recipe) -> Result<()> {
                 None => {
                     // Whatever is shown is a recipe: a file that is none is an error, not its own content.
                     Recipe::load(&recipe, &[])?;
-                    print!("{}", std::fs::read_to_string(&recipe).with_context(|| format!("cannot read {recipe:?}"))?);
+                    print!(
+                        "{}",
+                        std::fs::read_to_string(&recipe)
+                            .with_context(|| format!("cannot read {recipe:?}"))?
+                    );
                 }
             }
             Ok(())
@@ -42,7 +46,12 @@ pub fn run(context: &Context, arguments: args::Recipe) -> Result<()> {
 fn list(context: &Context) -> Result<()> {
     let recipes = BUILT_IN
         .iter()
-        .map(|(name, _)| Ok(Listed { name, about: Recipe::load(name, &[])?.about }))
+        .map(|(name, _)| {
+            Ok(Listed {
+                name,
+                about: Recipe::load(name, &[])?.about,
+            })
+        })
         .collect::<Result<Vec<_>>>()?;
     if context.json {
         return super::print_json(&recipes);
