@@ -459,11 +459,16 @@ impl<'a> Decoder<'a> {
             }
         }
         let mut pixels = vec![0; self.width * self.height * 3];
+        let rows = pixels
+            .as_chunks_mut::<3>()
+            .0
+            .chunks_exact_mut(self.width)
+            .enumerate();
         match self.components.as_slice() {
             [grey] => {
-                for (y, row) in pixels.chunks_exact_mut(self.width * 3).enumerate() {
-                    for (pixel, &value) in row.chunks_exact_mut(3).zip(grey.row(y)) {
-                        pixel.fill(value);
+                for (y, row) in rows {
+                    for (pixel, &value) in row.iter_mut().zip(grey.row(y)) {
+                        *pixel = [value; 3];
                     }
                 }
             }
@@ -474,16 +479,17 @@ impl<'a> Decoder<'a> {
                     (false, None) => [first.id, second.id, third.id] == *b"RGB",
                 };
                 let (h, v) = (self.h_max / second.h, self.v_max / second.v);
-                let mut rows = [vec![0; self.width + 2], vec![0; self.width + 2]];
+                let mut wide = [vec![0; self.width + 2], vec![0; self.width + 2]];
                 let mut sums = vec![0; second.width];
-                for (y, row) in pixels.chunks_exact_mut(self.width * 3).enumerate() {
-                    for (component, row) in [second, third].into_iter().zip(&mut rows) {
-                        component.upsample(y, h, v, &mut sums, row);
+                for (y, row) in rows {
+                    for (component, wide) in [second, third].into_iter().zip(&mut wide) {
+                        component.upsample(y, h, v, &mut sums, wide);
                     }
-                    let [second, third] = &rows;
+                    let [second, third] = &wide;
                     if rgb {
-                        for (i, pixel) in row.chunks_exact_mut(3).enumerate() {
-                            pixel.copy_from_slice(&[first.row(y)[i], second[i], third[i]]);
+                        let first = first.row(y);
+                        for (i, pixel) in row.iter_mut().enumerate() {
+                            *pixel = [first[i], second[i], third[i]];
                         }
                     } else {
                         to_rgb(first.row(y), second, third, row);
@@ -562,10 +568,10 @@ fn widen<T: Copy>(
     out: &mut [u8],
 ) {
     let (first, last) = (value(samples[0]), value(samples[samples.len() - 1]));
-    for (pair, window) in out[1..].chunks_exact_mut(2).zip(samples.windows(2)) {
+    let pairs = out[1..].as_chunks_mut::<2>().0.iter_mut();
+    for (pair, window) in pairs.zip(samples.windows(2)) {
         let (a, b) = (value(window[0]), value(window[1]));
-        pair[0] = ((3 * a + b + right) >> bits) as u8;
-        pair[1] = ((3 * b + a + left) >> bits) as u8;
+        *pair = [3 * a + b + right, 3 * b + a + left].map(|sum| (sum >> bits) as u8);
     }
     out[0] = ((4 * first + left) >> bits) as u8;
     out[2 * samples.len() - 1] = ((4 * last + right) >> bits) as u8;
@@ -578,14 +584,14 @@ fn repeat(samples: &[u8], out: &mut [u8]) {
 }
 
 /// BT.601 in full range, in 16-bit fixed point.
-fn to_rgb(y: &[u8], cb: &[u8], cr: &[u8], out: &mut [u8]) {
+fn to_rgb(y: &[u8], cb: &[u8], cr: &[u8], out: &mut [[u8; 3]]) {
     const HALF: i32 = 1 << 15;
-    for (((pixel, &y), &cb), &cr) in out.chunks_exact_mut(3).zip(y).zip(cb).zip(cr) {
+    for (((pixel, &y), &cb), &cr) in out.iter_mut().zip(y).zip(cb).zip(cr) {
         let (y, cb, cr) = (i32::from(y), i32::from(cb) - 128, i32::from(cr) - 128);
         let red = y + ((91881 * cr + HALF) >> 16);
         let green = y + ((-22554 * cb - 46802 * cr + HALF) >> 16);
         let blue = y + ((116130 * cb + HALF) >> 16);
-        pixel.copy_from_slice(&[red, green, blue].map(|value| value.clamp(0, 255) as u8));
+        *pixel = [red, green, blue].map(|value| value.clamp(0, 255) as u8);
     }
 }
 
