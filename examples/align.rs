@@ -10,7 +10,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         return Err("usage: align PICTURE CROP.png".into());
     };
     let image = Image::read(picture)?;
-    let detector = Detector::new(DetectorConfig { min_face: 40.0, ..DetectorConfig::default() })?;
+    let detector = Detector::new(DetectorConfig {
+        min_face: 40.0,
+        ..DetectorConfig::default()
+    })?;
     let faces = detector.detect(&image);
     let best = faces.first().ok_or("no face found")?;
     let upright = similarity(&best.landmarks, &template(112, 112)).ok_or("the landmarks fall together")?;

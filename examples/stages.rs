@@ -21,7 +21,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let recipe = Recipe::load("demo", &shorter.map(str::to_owned))?;
     let device = faceprior::device::open("auto")?;
     let stop = Stop::on_signals()?;
-    let pipeline = Pipeline { recipe: &recipe, dir: Path::new(&dir), device: &device, stop: &stop };
+    let pipeline = Pipeline {
+        recipe: &recipe,
+        dir: Path::new(&dir),
+        device: &device,
+        stop: &stop,
+    };
     pipeline.train(Start::ResumeOrBegin, &mut ())?;
     let scores = pipeline.score(&mut |_, _| ())?;
     let difference = scores.difference.accuracy.as_points();

@@ -13,8 +13,6 @@ use crate::embed::PairSet;
 use crate::recipe::{LabelledData, PriorData, Recipe, TestData};
 use crate::schedule;
 
-/// Side of rendered pictures: that of aligned crops, whatever the networks see of them.
-const rendered_size(recipe): usize = 112;
 /// Folds of rendered test pairs.
 const TEST_FOLDS: usize = 10;
 
