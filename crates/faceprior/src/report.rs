@@ -280,15 +280,29 @@ fn stage_section(
         if !losses.is_empty() {
             blocks.push(chart("Losses in training", losses));
         }
-        for (name, points) in log.evaluations.iter().filter(|(_, points)| points.len() > 1) {
-            let title = format!("Evaluation: {}", spaced(name));
-            blocks.push(chart(&title, vec![Series::new(spaced(name), points.clone())]));
-        }
+        blocks.extend(evaluation_charts(&log.evaluations));
     }
     Ok(Section {
         title: title.to_owned(),
         blocks,
     })
+}
+
+/// A chart for each number of the evaluations. `x_of_y` is what y gets of x, a line to hold x against.
+fn evaluation_charts(evaluations: &BTreeMap<String, Vec<[f64; 2]>>) -> Vec<Block> {
+    let drawn = |(name, points): &(&String, &Vec<[f64; 2]>)| {
+        points.len() > 1 && *name != "score" && !name.contains("_of_")
+    };
+    let charts = evaluations.iter().filter(drawn).map(|(name, points)| {
+        let prefix = format!("{name}_of_");
+        let references = evaluations
+            .iter()
+            .filter(|(other, _)| other.starts_with(&prefix))
+            .map(|(other, points)| Series::new(spaced(other), points.clone()).reference());
+        let series = std::iter::once(Series::new(spaced(name), points.clone())).chain(references);
+        chart(&format!("In evaluation: {}", spaced(name)), series.collect())
+    });
+    charts.collect()
 }
 
 fn chart(title: &str, series: Vec<Series>) -> Block {
