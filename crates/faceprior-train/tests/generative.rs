@@ -184,6 +184,18 @@ fn exports_of_something_else_are_refused() {
 }
 
 #[test]
+fn a_checkpoint_of_another_prior_is_refused() {
+    let state = encoder_stage(&recipe(&[])).state();
+    let mut other = encoder_stage(&recipe(&["seed=2"]));
+    let error = other.load_state(&state).unwrap_err().to_string();
+    assert!(
+        error.contains("another prior") && error.contains("hint"),
+        "{error}"
+    );
+    encoder_stage(&recipe(&[])).load_state(&state).unwrap();
+}
+
+#[test]
 fn evaluations_show_pictures_and_change_nothing() {
     let recipe = recipe(&[]);
     let (prior, encoder) = (prior_stage(&recipe), encoder_stage(&recipe));

@@ -285,10 +285,22 @@ impl Stage for EncoderStage {
     fn state(&self) -> Weights {
         let mut state = Weights::from_module(&self.encoder, ENCODER);
         state.extend(self.optimizer.state(OPTIMIZER));
+        // Does not change, but tells the prior that all the rest belongs to.
+        state.insert_tensor(LATENT_AVG, self.latent_avg.clone());
         state
     }
 
     fn load_state(&mut self, state: &Weights) -> Result<(), TrainError> {
+        let trained_on = state.tensor::<1>(LATENT_AVG, &self.latent_avg.device())?;
+        if trained_on.dims() != self.latent_avg.dims()
+            || value(trained_on.sub(self.latent_avg.clone()).abs().max()) != 0.0
+        {
+            return Err(TrainError::Invalid(
+                "it inverts another prior than the one given (their latent_avg differ)\n\
+                 hint: give the prior that the run was started with, or choose another run directory"
+                    .to_owned(),
+            ));
+        }
         self.encoder = state.load_into(self.encoder.clone(), ENCODER)?;
         self.optimizer.load_state(state, OPTIMIZER, &self.device)?;
         Ok(())
@@ -304,6 +316,7 @@ impl Stage for EncoderStage {
 
 const ENCODER: &str = "encoder.";
 const OPTIMIZER: &str = "optimizer.";
+const LATENT_AVG: &str = "latent_avg";
 
 /// Pictures for training, and those held out.
 fn hold_out(
