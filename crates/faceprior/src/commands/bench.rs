@@ -12,8 +12,8 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use clap::ValueEnum;
-use faceprior::data::{ImageList, Loader, LoaderConfig, Position, Transform};
-use faceprior::faces::{AlignOptions, align};
+use faceprior::data::{Dataset, ImageList, Loader, LoaderConfig, Position, Transform};
+use faceprior::faces::{AlignOptions, AlignSettings, Crops, Which, align};
 use faceprior::nets::heads::{HeadConfig, HeadKind, Margin};
 use faceprior::nets::init::Init;
 use faceprior::nets::irse::{Depth, RecognizerConfig};
@@ -298,38 +298,46 @@ fn path_length_step(device: &Device) -> impl FnMut() + use<> {
     }
 }
 
-/// Pictures through one worker of the loader.
+/// The pictures of a folder, each once, through one worker of the loader.
 fn loader(runs: usize, data: &Path) -> Result<(usize, Vec<f64>)> {
-    const BATCH: usize = 100;
-    const BATCHES: usize = 5;
     let dataset = Arc::new(ImageList::from_folder(data)?);
     let config = LoaderConfig {
-        batch_size: BATCH,
+        batch_size: 64,
         seed: 1,
         workers: 1,
         queue: 1,
-        shuffle: true,
-        drop_last: true,
-        max_unreadable: 0,
+        drop_last: false,
+        ..LoaderConfig::default()
     };
+    let items = dataset.len();
     let mut loader = Loader::new(dataset, Transform::augment(112), config, Position::default())?;
     let mut seconds = Vec::with_capacity(runs);
     for run in 0..WARM_UP + runs {
         let start = Instant::now();
-        for _ in 0..BATCHES {
+        for _ in 0..loader.batches_per_epoch() {
             loader.next()?;
         }
         if run >= WARM_UP {
             seconds.push(start.elapsed().as_secs_f64());
         }
     }
-    Ok((BATCH * BATCHES, seconds))
+    Ok((items, seconds))
 }
 
 /// The pictures of a folder through detection, warp and writing, into a folder that is removed again.
 fn alignment(runs: usize, data: &Path) -> Result<(usize, Vec<f64>)> {
-    let pictures = ImageList::from_folder(data)?;
-    let items = faceprior::data::Dataset::len(&pictures);
+    let items = ImageList::from_folder(data)?.len();
+    let crops = Crops::One {
+        which: Which::Center,
+        center_fallback: false,
+    };
+    let options = AlignOptions {
+        settings: AlignSettings {
+            crops,
+            ..AlignSettings::default()
+        },
+        ..AlignOptions::default()
+    };
     let mut seconds = Vec::with_capacity(runs);
     for run in 0..WARM_UP + runs {
         let out = std::env::temp_dir().join(format!("faceprior-bench-{}-{run}", std::process::id()));
