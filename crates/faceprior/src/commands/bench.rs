@@ -342,13 +342,7 @@ fn alignment(runs: usize, data: &Path) -> Result<(usize, Vec<f64>)> {
     for run in 0..WARM_UP + runs {
         let out = std::env::temp_dir().join(format!("faceprior-bench-{}-{run}", std::process::id()));
         let start = Instant::now();
-        let outcome = align(
-            data,
-            &out,
-            &AlignOptions::default(),
-            &|_| (),
-            &AtomicBool::new(false),
-        );
+        let outcome = align(data, &out, &options, &|_| (), &AtomicBool::new(false));
         let elapsed = start.elapsed().as_secs_f64();
         std::fs::remove_dir_all(&out).with_context(|| format!("cannot remove {}", out.display()))?;
         outcome?;
