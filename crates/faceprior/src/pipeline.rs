@@ -68,6 +68,10 @@ impl Pipeline<'_> {
     /// # Errors
     /// Those of each stage.
     pub fn train(&self, start: Start, reporter: &mut dyn Reporter) -> Result<Outcome, TrainError> {
+        // A folder that is missing is found out before the first hour is spent.
+        sources::prior(self.recipe)?;
+        sources::labelled(self.recipe)?;
+        sources::test_pairs(self.recipe)?;
         let mut last = None;
         for stage in STAGES {
             let outcome = self.train_stage(stage, start, reporter)?;

@@ -177,6 +177,27 @@ fn broken_pictures_are_counted_and_kept_apart() {
 }
 
 #[test]
+fn a_pipeline_looks_for_all_its_pictures_before_it_trains() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let out = folder.path().join("run");
+    let missing = "data.test={ source = 'pairs', path = 'no such crops', pairs = 'no such pairs.txt' }";
+    let error = failure(
+        &[
+            "pipeline",
+            "--recipe",
+            "demo",
+            "--out",
+            text(&out),
+            "--set",
+            missing,
+        ],
+        1,
+    );
+    assert!(error.contains("no such crops"), "{error}");
+    assert!(!out.exists(), "a run was begun");
+}
+
+#[test]
 fn completions_are_printed() {
     let output = faceprior(&["completions", "bash"]);
     assert!(output.status.success() && stdout(&output).contains("faceprior"));

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use faceprior::data::{Dataset, ImageList};
 use faceprior::eval::Flip;
-use faceprior::nets::weights::Weights;
+use faceprior::nets::weights::{KIND, Weights};
 use faceprior::train::embed::{EmbedOptions, Embedded, embed, read_embedder};
 use serde::Serialize;
 
@@ -55,6 +55,7 @@ pub fn run(context: &Context, arguments: args::Embed) -> Result<()> {
         burn::tensor::TensorData::new(embeddings.into_data(), [names.len(), dim]),
     );
     file.set_metadata(NAMES, serde_json::to_string(&names)?);
+    file.set_metadata(KIND, "embeddings");
     file.set_metadata("model", arguments.model.display().to_string());
     file.write(&arguments.out)?;
 
