@@ -40,6 +40,7 @@ mod reference;
 mod resampling;
 #[cfg(test)]
 mod testing;
+mod update;
 
 pub use activation::{BiasActivation, add_bias, bias_activation, leaky_relu, prelu, relu};
 pub use channels::{add_noise, global_average_pool, scale_channels};
@@ -47,3 +48,4 @@ pub use convolution::{Conv2dOptions, conv2d, modulated_conv2d};
 pub use feature_map::FeatureMap;
 pub use normalization::{BatchStatistics, batch_norm, batch_norm_train};
 pub use resampling::{downsample_smooth, max_pool2d, subsample, upsample_smooth};
+pub use update::{AdamStep, SgdStep, adam_step, moving_average, sgd_step};

@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
 use faceprior_nets::weights::{Weights, WeightsError};
+use faceprior_ops::{AdamStep, SgdStep, adam_step, moving_average, sgd_step};
 
 /// A parameter as an optimiser sees it.
 #[derive(Clone, Copy, Debug)]
@@ -190,7 +191,7 @@ impl Rule {
         slot: Option<Slot>,
         param: &ParamRef,
         p: Tensor<1>,
-        mut g: Tensor<1>,
+        g: Tensor<1>,
         rate: f64,
     ) -> (Tensor<1>, Slot) {
         let updates = slot.as_ref().map_or(0, |slot| slot.updates) + 1;
@@ -201,39 +202,30 @@ impl Rule {
                 weight_decay,
                 decays,
             } => {
-                if weight_decay != 0.0 && decays(param) {
-                    g = g + p.clone().mul_scalar(weight_decay);
-                }
-                let buffer = match slot {
-                    Some(Slot { mut tensors, .. }) => tensors.swap_remove(0).mul_scalar(momentum) + g,
-                    None => g,
+                let [buffer] = state_of(slot, &p);
+                let step = SgdStep {
+                    learning_rate: rate,
+                    momentum,
+                    weight_decay: if decays(param) { weight_decay } else { 0.0 },
                 };
-                (
-                    p - buffer.clone().mul_scalar(rate),
-                    Slot {
-                        updates,
-                        tensors: vec![buffer],
-                    },
-                )
+                let (p, buffer) = sgd_step(p, g, buffer, step);
+                let tensors = vec![buffer];
+                (p, Slot { updates, tensors })
             }
             Rule::Adam {
-                betas: [beta1, beta2],
+                betas: betas @ [beta1, beta2],
                 eps,
             } => {
-                let (m, v, _) = moments(slot, g, [beta1, beta2]);
-                let correction = (1.0 - beta2.powf(t)).sqrt();
-                let denominator = v.clone().sqrt().div_scalar(correction).add_scalar(eps);
-                let step = m
-                    .clone()
-                    .div(denominator)
-                    .mul_scalar(rate / (1.0 - beta1.powf(t)));
-                (
-                    p - step,
-                    Slot {
-                        updates,
-                        tensors: vec![m, v],
-                    },
-                )
+                let step = AdamStep {
+                    betas,
+                    eps,
+                    step_size: rate / (1.0 - beta1.powf(t)),
+                    correction: (1.0 - beta2.powf(t)).sqrt(),
+                };
+                let moments = state_of(slot, &p);
+                let (p, moments) = adam_step(p, g, moments, step);
+                let tensors = moments.to_vec();
+                (p, Slot { updates, tensors })
             }
             Rule::Ranger { weight_decay } => {
                 let [beta1, beta2] = RANGER_BETAS;
@@ -274,6 +266,12 @@ impl Rule {
             }
         }
     }
+}
+
+/// The tensors of a slot, zeros at first.
+fn state_of<const N: usize>(slot: Option<Slot>, like: &Tensor<1>) -> [Tensor<1>; N] {
+    let mut tensors = slot.map_or_else(Vec::new, |slot| slot.tensors).into_iter();
+    std::array::from_fn(|_| tensors.next().unwrap_or_else(|| like.zeros_like()))
 }
 
 /// Running first and second moment after a gradient, from 0; and the third tensor of the slot, if there was one.
@@ -442,12 +440,12 @@ impl ModuleMapper for Average {
         };
         let decay = self.decay;
         param.map(|average| {
-            let source = source.reshape(average.dims());
+            let shape = average.dims();
             if learnt {
-                let average = average.without_autodiff();
-                average.mul_scalar(decay) + source.mul_scalar(1.0 - decay)
+                let average = average.without_autodiff().flatten(0, D - 1);
+                moving_average(average, source, decay).reshape(shape)
             } else {
-                source
+                source.reshape(shape)
             }
         })
     }

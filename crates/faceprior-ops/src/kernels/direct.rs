@@ -425,6 +425,8 @@ impl Kernel for ProductTask<'_> {
 
 /// Pictures are summed in at most this many parts.
 const MAX_PARTS: usize = 16;
+/// Pixels that a part has at least: writing its sums and adding them up must not cost more than making them.
+const MIN_PART_PIXELS: usize = 512;
 /// Floats that the sums of all parts may take.
 const MAX_SUM_FLOATS: usize = 16 << 20;
 /// Pixels of the inner dimension for each time a sum is loaded and stored.
@@ -447,14 +449,19 @@ pub(crate) fn weight_gradient(isa: Isa, geometry: Geometry, x: &[f32], dy: &[f32
     };
     let columns = g.out_blocks() * BLOCK;
     let size = g.taps() * inputs * columns;
-    let parts = g.n.min(MAX_PARTS).min((MAX_SUM_FLOATS / size).max(1));
+    let worthwhile = (g.n * oh * ow / MIN_PART_PIXELS).min((MAX_SUM_FLOATS / size).min(MAX_PARTS));
+    let parts = worthwhile.clamp(1, g.n);
     let part_pictures = g.n.div_ceil(parts);
+    // A small map has few parts but wide weights: then every tap is a task.
+    let tap_tasks = if oh * ow <= CHUNK_PIXELS { g.taps() } else { 1 };
     let mut sums = Buffer::take(parts * size);
     let shared = Shared::new(&mut sums);
     let groups = g.out_blocks().div_ceil(isa.tile_blocks());
     let (source_plane, source_w) = (source.plane(), source.w);
-    parallel(parts * groups, |task| {
+    parallel(parts * groups * tap_tasks, |task| {
+        let (task, tap_task) = (task / tap_tasks, task % tap_tasks);
         let (part, group) = (task / groups, task % groups);
+        let tap_length = g.taps() / tap_tasks;
         isa.run(WeightGradientTask {
             geometry: g,
             source: source.values(),
@@ -465,6 +472,7 @@ pub(crate) fn weight_gradient(isa: Isa, geometry: Geometry, x: &[f32], dy: &[f32
             start: part * size,
             inputs,
             group,
+            taps: tap_task * tap_length..(tap_task + 1) * tap_length,
             pictures: (part * part_pictures).min(g.n)..((part + 1) * part_pictures).min(g.n),
         });
     });
@@ -539,6 +547,7 @@ struct WeightGradientTask<'a> {
     start: usize,
     inputs: usize,
     group: usize,
+    taps: std::ops::Range<usize>,
     pictures: std::ops::Range<usize>,
 }
 
@@ -557,6 +566,7 @@ impl Kernel for WeightGradientTask<'_> {
             start,
             inputs,
             group,
+            taps,
             pictures,
         } = self;
         let [oh, ow] = g.outputs();
@@ -576,34 +586,35 @@ impl Kernel for WeightGradientTask<'_> {
         // source; this task alone writes its columns of its part's sums.
         unsafe {
             let sums = sums.at(start + first_column);
-            for row in 0..g.taps() * inputs {
+            for row in taps.start * inputs..taps.end * inputs {
                 for block in 0..blocks {
                     L::zero().store(sums.wrapping_add(row * columns + block * BLOCK));
                 }
             }
-            // A chunk is some whole rows, or a piece of one.
-            let chunk_rows = (CHUNK_PIXELS / ow).max(1);
+            // A chunk is some whole pictures, some whole rows of one, or a piece of a row.
+            let chunk_pictures = (CHUNK_PIXELS / (oh * ow)).max(1);
+            let chunk_rows = (CHUNK_PIXELS / ow).clamp(1, oh);
             let chunk_pixels = ow.min(4 * CHUNK_PIXELS);
-            let mut offsets = Vec::with_capacity(chunk_rows);
-            for picture in pictures {
-                let source = source
-                    .as_ptr()
-                    .wrapping_add(picture * g.in_blocks() * source_plane);
-                let dy = dy
-                    .as_ptr()
-                    .wrapping_add((picture * g.out_blocks() + group * L::TILE_BLOCKS) * plane);
+            let (picture_x, picture_dy) = (g.in_blocks() * source_plane, g.out_blocks() * plane);
+            let (source, dy) = (source.as_ptr(), dy.as_ptr());
+            let dy = dy.wrapping_add(group * L::TILE_BLOCKS * plane);
+            let mut offsets = Vec::with_capacity(chunk_pictures * chunk_rows);
+            for first in pictures.clone().step_by(chunk_pictures) {
                 for row in (0..oh).step_by(chunk_rows) {
                     for pixel in (0..ow).step_by(chunk_pixels) {
                         offsets.clear();
-                        offsets.extend((row..oh.min(row + chunk_rows)).map(|row| {
-                            let from = (row * source_w + pixel) * g.stride * BLOCK;
-                            (from, (row * ow + pixel) * BLOCK)
-                        }));
+                        for picture in first..pictures.end.min(first + chunk_pictures) {
+                            for row in row..oh.min(row + chunk_rows) {
+                                let from = (row * source_w + pixel) * g.stride * BLOCK;
+                                let to = (row * ow + pixel) * BLOCK;
+                                offsets.push((picture * picture_x + from, picture * picture_dy + to));
+                            }
+                        }
                         let runs = Runs {
                             offsets: &offsets,
                             length: chunk_pixels.min(ow - pixel),
                         };
-                        for tap in 0..g.taps() {
+                        for tap in taps.clone() {
                             let offset = (tap / g.kernel[1] * source_w + tap % g.kernel[1]) * BLOCK;
                             for block in 0..g.in_blocks() {
                                 let a = source.wrapping_add(block * source_plane + offset);

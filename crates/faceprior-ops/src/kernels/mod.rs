@@ -16,6 +16,7 @@ pub(crate) mod resample;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod tile;
+pub(crate) mod update;
 pub(crate) mod weights;
 pub(crate) mod winograd;
 

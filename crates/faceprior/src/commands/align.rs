@@ -81,6 +81,7 @@ fn show(summary: &Summary, arguments: &args::Align) {
     let done = summary.listed - summary.before;
     println!("pictures      {}", summary.listed);
     println!("faces         {}", counts.faces);
+    println!("crops         {}", counts.crops);
     println!("without face  {}", counts.without_face);
     println!("unreadable    {}", counts.unreadable);
     println!("this run      {done} pictures in {:.1} s", summary.seconds);
