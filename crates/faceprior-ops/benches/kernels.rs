@@ -45,7 +45,8 @@ fn convolutions(criterion: &mut Criterion) {
         let shape = format!("{n}x{i}-{o}@{size} {kernel}x{kernel}/{stride}");
         let mut convolution = Convolution::new(n, channels, size, kernel, stride);
         group.throughput(Throughput::Elements(convolution.operations() as u64));
-        let passes: [(&str, fn(&mut Convolution)); 4] = [
+        type Pass = fn(&mut Convolution);
+        let passes: [(&str, Pass); 4] = [
             ("forward", Convolution::forward),
             ("data gradient", Convolution::data_gradient),
             ("weight gradient", Convolution::weight_gradient),
