@@ -70,9 +70,11 @@ fn supply_chain(required: bool) -> Result<()> {
 }
 
 fn full_checks() -> Result<()> {
+    // CubeCL compiles for CUDA with an LLVM that its build script downloads. Types can be checked without it:
+    // with DOCS_RS set, as on docs.rs, the script leaves it out.
     step(
         "GPU features compile",
-        "cargo check --package faceprior --features cuda,vulkan",
+        "env DOCS_RS=1 cargo check --package faceprior --features cuda,vulkan",
     )?;
     if Path::new("../shared").is_dir() {
         step(
