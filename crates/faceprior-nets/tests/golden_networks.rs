@@ -56,16 +56,14 @@ fn backbone_encoder_34() {
     networks::backbone_encoder_34(&Device::flex(), TOLERANCE);
 }
 
-#[cfg(feature = "vulkan")]
-mod vulkan {
-    use burn::tensor::DeviceKind;
-
+#[cfg(any(feature = "vulkan", feature = "wgpu"))]
+mod gpu {
     use super::*;
 
     #[test]
-    #[ignore = "needs a Vulkan device; run by cargo xtask check --full"]
+    #[ignore = "needs a GPU or its software stand-in; run by cargo xtask check --full"]
     fn recognizers_and_encoder() {
-        let device = Device::vulkan(DeviceKind::DefaultDevice);
+        let device = golden::gpu();
         networks::recognizer_from_encoder("restyle34", Depth::D34, &device, TOLERANCE);
         networks::recognizer_34_in_training(&device, TRAINING);
         networks::backbone_encoder_34(&device, TOLERANCE);

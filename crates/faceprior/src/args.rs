@@ -15,7 +15,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
     propagate_version = true
 )]
 pub struct Arguments {
-    /// What to compute on: auto, cpu, cuda[:N], rocm[:N], vulkan[:N] or metal
+    /// What to compute on: auto, cpu, cuda[:N], rocm[:N], vulkan[:N], metal or wgpu[:N]
     #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
     pub device: String,
     /// CPU threads to use [default: one a core]

@@ -8,7 +8,7 @@ use burn::tensor::Device;
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// The text is not a device name.
-    #[error("unknown device {0:?}, expected auto, cpu, cuda[:N], rocm[:N], vulkan[:N] or metal")]
+    #[error("unknown device {0:?}, expected auto, cpu, cuda[:N], rocm[:N], vulkan[:N], metal or wgpu[:N]")]
     Unknown(String),
     /// The program was built without the device's feature.
     #[error(
@@ -32,9 +32,10 @@ pub enum DeviceError {
     },
 }
 
-/// Opens a device by name: `auto`, `cpu`, `cuda`, `cuda:1`, `rocm:0`, `vulkan`, `vulkan:0`, `metal`.
+/// Opens a device by name: `auto`, `cpu`, `cuda`, `cuda:1`, `rocm:0`, `vulkan`, `vulkan:0`, `metal`,
+/// `wgpu`.
 ///
-/// `auto` is the first GPU that this build and machine can use, else the CPU.
+/// `auto` is the first GPU that this build and machine can use, else the CPU: never a GPU imitated by software.
 ///
 /// # Errors
 /// A name that is none of these, a device this build lacks, or one whose driver or run-time compiler is missing.
@@ -45,15 +46,16 @@ pub fn open(name: &str) -> Result<Device, DeviceError> {
         Some((kind, index)) => (kind, Some(index.parse::<usize>().map_err(|_| unknown())?)),
     };
     match (kind, index) {
-        ("auto", None) => Ok(["cuda", "rocm", "metal", "vulkan"]
+        ("auto", None) => Ok(["cuda", "rocm", "metal", "vulkan", "wgpu"]
             .into_iter()
-            .find_map(|kind| open(kind).ok())
+            .find_map(|kind| open(kind).ok().filter(|device| !is_software(device)))
             .unwrap_or_else(Device::flex)),
         ("cpu", None) => Ok(Device::flex()),
         ("cuda", index) => cuda(name, index.unwrap_or(0)),
         ("rocm", index) => rocm(name, index.unwrap_or(0)),
         ("vulkan", index) => vulkan(name, index),
         ("metal", None) => metal(name),
+        ("wgpu", index) => wgpu(name, index),
         _ => Err(unknown()),
     }
 }
@@ -61,7 +63,7 @@ pub fn open(name: &str) -> Result<Device, DeviceError> {
 /// A device's name for logs and reports, such as `cpu` or `cuda`.
 pub fn describe(device: &Device) -> String {
     let debug = format!("{device:?}").to_lowercase();
-    ["flex", "cuda", "hip", "vulkan", "metal"]
+    ["flex", "cuda", "hip", "vulkan", "metal", "wgpu"]
         .into_iter()
         .find(|kind| debug.contains(kind))
         .map_or(debug.clone(), |kind| match kind {
@@ -88,6 +90,7 @@ pub fn built_features() -> Vec<&'static str> {
         ("rocm", cfg!(feature = "rocm")),
         ("vulkan", cfg!(feature = "vulkan")),
         ("metal", cfg!(feature = "metal")),
+        ("wgpu", cfg!(feature = "wgpu")),
     ]
     .into_iter()
     .filter_map(|(feature, built)| built.then_some(feature))
@@ -213,18 +216,14 @@ fn vulkan(name: &str, index: Option<usize>) -> Result<Device, DeviceError> {
     let missing = || DeviceError::Missing {
         device: name.to_owned(),
         missing: "no Vulkan device was found".to_owned(),
-        cure: "install your GPU's Vulkan driver, or Mesa's software one (Debian: mesa-vulkan-drivers)"
-            .to_owned(),
+        cure: "install your GPU's Vulkan driver, or use --device cpu".to_owned(),
     };
     if !library_exists("libvulkan.so") {
         return Err(missing());
     }
     match index {
         Some(index) => Ok(Device::vulkan(DeviceKind::DiscreteGpu(index))),
-        None => Device::enumerate(DeviceType::Vulkan)
-            .into_iter()
-            .next()
-            .ok_or_else(missing),
+        None => best(Device::enumerate(DeviceType::Vulkan)).ok_or_else(missing),
     }
 }
 
@@ -247,6 +246,43 @@ fn metal(name: &str) -> Result<Device, DeviceError> {
         device: name.to_owned(),
         feature: "metal",
     })
+}
+
+#[cfg(feature = "wgpu")]
+fn wgpu(name: &str, index: Option<usize>) -> Result<Device, DeviceError> {
+    use burn::tensor::{DeviceKind, DeviceType};
+
+    match index {
+        Some(index) => Ok(Device::wgpu(DeviceKind::DiscreteGpu(index))),
+        None => best(Device::enumerate(DeviceType::Wgpu)).ok_or_else(|| DeviceError::Missing {
+            device: name.to_owned(),
+            missing: "no device of Vulkan, Metal or DirectX 12 was found".to_owned(),
+            cure: "install your GPU's driver, or Mesa's software one (Debian: mesa-vulkan-drivers), or use --device \
+                   cpu"
+                .to_owned(),
+        }),
+    }
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn wgpu(name: &str, _index: Option<usize>) -> Result<Device, DeviceError> {
+    Err(DeviceError::NotBuilt {
+        device: name.to_owned(),
+        feature: "wgpu",
+    })
+}
+
+/// The first GPU, or else the first device.
+#[cfg(any(feature = "vulkan", feature = "wgpu"))]
+fn best(devices: impl IntoIterator<Item = Device>) -> Option<Device> {
+    let devices: Vec<_> = devices.into_iter().collect();
+    let gpu = devices.iter().position(|device| !is_software(device));
+    devices.into_iter().nth(gpu.unwrap_or(0))
+}
+
+/// Whether a graphics device is imitated by the processor, as Mesa's lavapipe is.
+fn is_software(device: &Device) -> bool {
+    format!("{device:?}").contains("kind: Cpu")
 }
 
 #[cfg(test)]

@@ -15,6 +15,17 @@ use faceprior_nets::weights::Weights;
 
 use networks::Tolerance;
 
+/// A GPU by the feature this was built with; Mesa's lavapipe serves where there is none.
+#[cfg(any(feature = "vulkan", feature = "wgpu"))]
+pub(crate) fn gpu() -> burn::tensor::Device {
+    use burn::tensor::{Device, DeviceKind};
+
+    #[cfg(feature = "vulkan")]
+    return Device::vulkan(DeviceKind::DefaultDevice);
+    #[cfg(not(feature = "vulkan"))]
+    return Device::wgpu(DeviceKind::DefaultDevice);
+}
+
 /// `<workspace>/goldens`.
 pub(crate) fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens")

@@ -94,7 +94,7 @@ fn instructions() -> Vec<&'static str> {
 }
 
 fn devices() -> Vec<Usable> {
-    ["cpu", "cuda", "rocm", "vulkan", "metal"]
+    ["cpu", "cuda", "rocm", "vulkan", "metal", "wgpu"]
         .into_iter()
         .map(|name| match device::open(name) {
             Ok(_) => Usable {
