@@ -3,9 +3,10 @@
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
-use crate::backend::{Function, apply1, apply2, apply3, dims, small_tensor, tensor, values};
-use crate::kernels::pointwise::{self, over_pictures, padded, pointwise};
-use crate::kernels::{BLOCK, Isa};
+use crate::backend::{Function, apply4, apply5, dims, values};
+use crate::kernels::load::Load;
+use crate::kernels::pointwise;
+use crate::pending::{Activation, Constants, GradientPath, Pending, overwrite};
 use crate::{FeatureMap, reference};
 
 /// What follows a convolution in StyleGAN2 after its bias: leaky ReLU, a gain, a clamp.
@@ -24,15 +25,12 @@ pub struct BiasActivation {
 /// # Shapes
 /// `bias`: `[C]`.
 pub fn add_bias(x: FeatureMap, bias: Tensor<1>) -> FeatureMap {
-    bias_activation(
-        x,
-        Some(bias),
-        BiasActivation {
-            negative_slope: 1.0,
-            gain: 1.0,
-            clamp: None,
-        },
-    )
+    assert_eq!(bias.dims(), [x.channels()], "one bias per channel");
+    if x.is_blocked() {
+        x.pend(Pending::takes_summands, |pending| pending.plus(bias.unsqueeze()))
+    } else {
+        x.map(|x| reference::add_bias(x, bias))
+    }
 }
 
 /// Parametric ReLU: `max(x, 0) + slope · min(x, 0)` with one slope per channel (He et al. 2015, equation 1).
@@ -42,7 +40,7 @@ pub fn add_bias(x: FeatureMap, bias: Tensor<1>) -> FeatureMap {
 pub fn prelu(x: FeatureMap, slope: Tensor<1>) -> FeatureMap {
     assert_eq!(slope.dims(), [x.channels()], "one PReLU slope per channel");
     if x.is_blocked() {
-        x.map(|x| apply2(Prelu, x, slope))
+        x.pend(Pending::is_linear, |pending| pending.with_slope(slope))
     } else {
         x.map(|x| reference::prelu(x, slope))
     }
@@ -77,10 +75,22 @@ pub fn bias_activation(x: FeatureMap, bias: Option<Tensor<1>>, options: BiasActi
     if !x.is_blocked() {
         return x.map(|x| reference::bias_activation(x, bias, options));
     }
-    x.map(|x| match bias {
-        Some(bias) => apply2(options, x, bias),
-        None => apply1(options, x),
-    })
+    let channels = x.channels();
+    let (x, pending) = with_bias(x, bias);
+    FeatureMap::from_blocks(pending.activate(x, options.into()), channels)
+}
+
+/// The map without what is pending, to which the bias is added.
+fn with_bias(x: FeatureMap, bias: Option<Tensor<1>>) -> (Tensor<5>, Pending) {
+    let channels = x.channels();
+    let (blocks, pending) = x
+        .pend(Pending::takes_summands, |pending| match bias {
+            Some(bias) => pending.plus(bias.unsqueeze()),
+            None => pending,
+        })
+        .into_parts();
+    let pending = pending.unwrap_or_else(|| Pending::identity(channels, &blocks));
+    (blocks, pending)
 }
 
 /// The derivative of [`bias_activation`] at `x` in the direction `tangent`, the slope taken as a constant.
@@ -93,131 +103,109 @@ pub(crate) fn bias_activation_tangent(
     if !x.is_blocked() {
         return tangent.map(|t| reference::bias_activation_tangent(x.into_blocks(), bias, t, options));
     }
-    let bias = bias.unwrap_or_else(|| Tensor::zeros([x.channels()], &x.device()));
-    let (x, bias) = (x.into_blocks().detach(), bias.detach());
-    tangent.map(|tangent| apply3(ActivationTangent(options), x, bias, tangent))
+    let (x, pending) = with_bias(x, bias);
+    let tangent_of = ActivationTangent {
+        activation: options.into(),
+        path: pending.path(),
+    };
+    let x = x.detach();
+    let Pending {
+        scale, shift, noise, ..
+    } = pending;
+    let (scale, shift) = (scale.detach(), shift.detach());
+    tangent.map(|tangent| match noise {
+        Some((noise, strength)) => {
+            let noise = noise.mul(strength.reshape([1, 1, 1, 1])).detach();
+            apply5(tangent_of, x, scale, shift, noise, tangent)
+        }
+        None => apply4(tangent_of, x, scale, shift, tangent),
+    })
 }
 
-/// Parametric ReLU on blocks, and its slope's gradient.
-#[derive(Clone, Debug)]
-struct Prelu;
-
-impl Function<2> for Prelu {
-    type Saved = (FlexTensor, Vec<f32>);
-
-    fn forward(&self, [x, slope]: [FlexTensor; 2]) -> (FlexTensor, Self::Saved) {
-        let [n, blocks, ..] = dims::<5>(&x);
-        let slope = values(&slope).to_vec();
-        let (y, []) = pointwise(
-            Isa::best(),
-            pointwise::Prelu {},
-            n * blocks,
-            [values(&x)],
-            [&padded(&slope)],
-        );
-        (tensor(y, dims::<5>(&x)), (x, slope))
-    }
-
-    fn backward(&self, (x, slope): Self::Saved, dy: FlexTensor, _: [bool; 2]) -> [Option<FlexTensor>; 2] {
-        let [n, blocks, ..] = dims::<5>(&x);
-        let inputs = [values(&x), values(&dy)];
-        let (dx, [slopes]) = pointwise(
-            Isa::best(),
-            pointwise::PreluGradient {},
-            n * blocks,
-            inputs,
-            [&padded(&slope)],
-        );
-        let channels = slope.len();
-        let slopes = small_tensor(&over_pictures(&slopes, channels), [channels]);
-        [Some(tensor(dx, dims::<5>(&x))), Some(slopes)]
-    }
-}
-
-impl BiasActivation {
-    fn limit(self) -> f32 {
-        self.clamp.unwrap_or(f32::INFINITY)
-    }
-
-    fn value(self, x: &FlexTensor, bias: &[f32]) -> FlexTensor {
-        let [n, blocks, ..] = dims::<5>(x);
-        let Self {
-            negative_slope, gain, ..
-        } = self;
-        let op = pointwise::BiasActivation {
-            negative_slope,
-            gain,
-            limit: self.limit(),
-        };
-        let (y, []) = pointwise(Isa::best(), op, n * blocks, [values(x)], [bias]);
-        tensor(y, dims::<5>(x))
-    }
-
-    /// `dy` times the slope at `x + bias`, and its sums per picture and channel.
-    fn times_slope(self, x: &FlexTensor, bias: &[f32], dy: &FlexTensor) -> (FlexTensor, Vec<f32>) {
-        let [n, blocks, ..] = dims::<5>(x);
-        let Self {
-            negative_slope, gain, ..
-        } = self;
-        let op = pointwise::BiasActivationSlope {
-            negative_slope,
-            gain,
-            limit: self.limit(),
-        };
-        let (dx, [sums]) = pointwise(Isa::best(), op, n * blocks, [values(x), values(dy)], [bias]);
-        (tensor(dx, dims::<5>(x)), sums)
-    }
-}
-
-impl Function<1> for BiasActivation {
-    type Saved = FlexTensor;
-
-    fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, FlexTensor) {
-        (self.value(&x, &[0.0; BLOCK]), x)
-    }
-
-    fn backward(&self, x: FlexTensor, dy: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
-        [Some(self.times_slope(&x, &[0.0; BLOCK], &dy).0)]
-    }
-}
-
-impl Function<2> for BiasActivation {
-    type Saved = (FlexTensor, Vec<f32>);
-
-    fn forward(&self, [x, bias]: [FlexTensor; 2]) -> (FlexTensor, Self::Saved) {
-        let bias = values(&bias).to_vec();
-        (self.value(&x, &padded(&bias)), (x, bias))
-    }
-
-    fn backward(&self, (x, bias): Self::Saved, dy: FlexTensor, _: [bool; 2]) -> [Option<FlexTensor>; 2] {
-        let (dx, sums) = self.times_slope(&x, &padded(&bias), &dy);
-        [
-            Some(dx),
-            Some(small_tensor(&over_pictures(&sums, bias.len()), [bias.len()])),
-        ]
+impl From<BiasActivation> for Activation {
+    fn from(options: BiasActivation) -> Self {
+        Self {
+            negative_slope: options.negative_slope,
+            gain: options.gain,
+            limit: options.clamp.unwrap_or(f32::INFINITY),
+        }
     }
 }
 
 /// A tangent times the activation's slope: linear in the tangent, constant in the rest.
 #[derive(Clone, Debug)]
-struct ActivationTangent(BiasActivation);
+struct ActivationTangent {
+    activation: Activation,
+    path: Option<GradientPath>,
+}
 
-impl Function<3> for ActivationTangent {
-    type Saved = (FlexTensor, Vec<f32>);
-
-    fn forward(&self, [x, bias, tangent]: [FlexTensor; 3]) -> (FlexTensor, Self::Saved) {
-        let bias = padded(values(&bias));
-        (self.0.times_slope(&x, &bias, &tangent).0, (x, bias))
+impl ActivationTangent {
+    fn constants(&self, scale: &FlexTensor, shift: &FlexTensor) -> Constants {
+        let [_, channels] = dims(scale);
+        let slope = vec![self.activation.negative_slope; channels];
+        Constants::new(scale, shift, &slope, self.path.as_ref())
     }
 
-    fn backward(&self, (x, bias): Self::Saved, dy: FlexTensor, _: [bool; 3]) -> [Option<FlexTensor>; 3] {
-        [None, None, Some(self.0.times_slope(&x, &bias, &dy).0)]
+    fn times_slope(
+        &self,
+        x: &FlexTensor,
+        constants: &Constants,
+        noise: Option<&FlexTensor>,
+        tangent: FlexTensor,
+    ) -> FlexTensor {
+        let [_, blocks, h, w, _] = dims(x);
+        let Activation { gain, limit, .. } = self.activation;
+        let Load { scale, shift, slope } = constants.load();
+        let constants = [scale, shift, slope];
+        let Some(noise) = noise else {
+            return overwrite(pointwise::ActivationSlope { gain, limit }, x, tangent, constants).0;
+        };
+        let op = pointwise::NoisyActivation {
+            activation: pointwise::Activation { gain, limit },
+            noise: pointwise::Noise::new(values(noise), blocks, h * w),
+            strength: 1.0,
+        };
+        overwrite(op, x, tangent, constants).0
+    }
+}
+
+impl Function<4> for ActivationTangent {
+    type Saved = (FlexTensor, Constants);
+
+    fn forward(&self, [x, scale, shift, tangent]: [FlexTensor; 4]) -> (FlexTensor, Self::Saved) {
+        let constants = self.constants(&scale, &shift);
+        (self.times_slope(&x, &constants, None, tangent), (x, constants))
+    }
+
+    fn backward(&self, (x, constants): Self::Saved, dy: FlexTensor, _: [bool; 4]) -> [Option<FlexTensor>; 4] {
+        [None, None, None, Some(self.times_slope(&x, &constants, None, dy))]
+    }
+}
+
+impl Function<5> for ActivationTangent {
+    type Saved = (FlexTensor, Constants, FlexTensor);
+
+    fn forward(&self, [x, scale, shift, noise, tangent]: [FlexTensor; 5]) -> (FlexTensor, Self::Saved) {
+        let constants = self.constants(&scale, &shift);
+        let y = self.times_slope(&x, &constants, Some(&noise), tangent);
+        (y, (x, constants, noise))
+    }
+
+    fn backward(
+        &self,
+        (x, constants, noise): Self::Saved,
+        dy: FlexTensor,
+        _: [bool; 5],
+    ) -> [Option<FlexTensor>; 5] {
+        let tangent = self.times_slope(&x, &constants, Some(&noise), dy);
+        [None, None, None, None, Some(tangent)]
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::BLOCK;
     use crate::testing::{assert_close, assert_twins, random};
 
     const SHAPE: [usize; 5] = [3, 2, 5, 7, BLOCK];

@@ -1,8 +1,8 @@
 //! How a kernel joins Burn: functions with their own gradients on the CPU backend.
 //!
 //! A [`Function`] computes on the primitives of Burn's Flex backend and says what its gradients are, like
-//! `torch.autograd.Function`. [`apply1`], [`apply2`] and [`apply3`] run it on tensors: on an autodiff device the step
-//! is recorded on the tape if an input is tracked, otherwise only the value is computed. The extension trait below is
+//! `torch.autograd.Function`. [`apply1`] to [`apply5`] run it on tensors: on an autodiff device the step is recorded on
+//! the tape if an input is tracked, otherwise only the value is computed. The extension trait below is
 //! what Burn's dispatcher needs in order to find the backend of a tensor at run time; it is the only place that deals
 //! with tapes and nodes, so a new kernel is one implementation of [`Function`].
 
@@ -25,6 +25,11 @@ pub(crate) trait Function<const N: usize>: Clone + Debug + Send + Sync + 'static
 
     /// The value, and what to keep for the gradient. Inputs are contiguous.
     fn forward(&self, inputs: [FlexTensor; N]) -> (FlexTensor, Self::Saved);
+
+    /// The value alone, where no gradient is asked for.
+    fn value(&self, inputs: [FlexTensor; N]) -> FlexTensor {
+        self.forward(inputs).0
+    }
 
     /// The gradients of the wanted inputs from that of the value, which is contiguous.
     fn backward(
@@ -64,6 +69,44 @@ pub(crate) fn apply3<const A: usize, const B: usize, const C: usize, const R: us
     Tensor::from_dispatch(<Dispatch as CpuFunctions>::apply3(a, b, c, function))
 }
 
+/// Runs a function of four tensors that live on the CPU.
+pub(crate) fn apply4<const A: usize, const B: usize, const C: usize, const D: usize, const R: usize>(
+    function: impl Function<4>,
+    a: Tensor<A>,
+    b: Tensor<B>,
+    c: Tensor<C>,
+    d: Tensor<D>,
+) -> Tensor<R> {
+    let (a, b, c, d) = (
+        a.into_dispatch(),
+        b.into_dispatch(),
+        c.into_dispatch(),
+        d.into_dispatch(),
+    );
+    Tensor::from_dispatch(<Dispatch as CpuFunctions>::apply4(a, b, c, d, function))
+}
+
+/// Runs a function of five tensors that live on the CPU.
+pub(crate) fn apply5<
+    const A: usize,
+    const B: usize,
+    const C: usize,
+    const D: usize,
+    const E: usize,
+    const R: usize,
+>(
+    function: impl Function<5>,
+    a: Tensor<A>,
+    b: Tensor<B>,
+    c: Tensor<C>,
+    d: Tensor<D>,
+    e: Tensor<E>,
+) -> Tensor<R> {
+    let (a, b, c) = (a.into_dispatch(), b.into_dispatch(), c.into_dispatch());
+    let (d, e) = (d.into_dispatch(), e.into_dispatch());
+    Tensor::from_dispatch(<Dispatch as CpuFunctions>::apply5(a, b, c, d, e, function))
+}
+
 /// Values of a contiguous tensor.
 pub(crate) fn values(x: &FlexTensor) -> &[f32] {
     x.as_slice::<f32>().expect("a contiguous f32 tensor")
@@ -101,19 +144,55 @@ pub(crate) trait CpuFunctions: Backend {
         c: FloatTensor<Self>,
         function: F,
     ) -> FloatTensor<Self>;
+    fn apply4<F: Function<4>>(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        function: F,
+    ) -> FloatTensor<Self>;
+    fn apply5<F: Function<5>>(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        e: FloatTensor<Self>,
+        function: F,
+    ) -> FloatTensor<Self>;
 }
 
 impl CpuFunctions for Flex {
     fn apply1<F: Function<1>>(a: FlexTensor, function: F) -> FlexTensor {
-        function.forward([a].map(contiguous)).0
+        function.value([a].map(contiguous))
     }
 
     fn apply2<F: Function<2>>(a: FlexTensor, b: FlexTensor, function: F) -> FlexTensor {
-        function.forward([a, b].map(contiguous)).0
+        function.value([a, b].map(contiguous))
     }
 
     fn apply3<F: Function<3>>(a: FlexTensor, b: FlexTensor, c: FlexTensor, function: F) -> FlexTensor {
-        function.forward([a, b, c].map(contiguous)).0
+        function.value([a, b, c].map(contiguous))
+    }
+
+    fn apply4<F: Function<4>>(
+        a: FlexTensor,
+        b: FlexTensor,
+        c: FlexTensor,
+        d: FlexTensor,
+        function: F,
+    ) -> FlexTensor {
+        function.value([a, b, c, d].map(contiguous))
+    }
+
+    fn apply5<F: Function<5>>(
+        a: FlexTensor,
+        b: FlexTensor,
+        c: FlexTensor,
+        d: FlexTensor,
+        e: FlexTensor,
+        function: F,
+    ) -> FlexTensor {
+        function.value([a, b, c, d, e].map(contiguous))
     }
 }
 
@@ -131,6 +210,21 @@ impl<S: CheckpointStrategy> CpuFunctions for Autodiff<Flex, S> {
 
     fn apply3<F: Function<3>>(a: Tracked, b: Tracked, c: Tracked, function: F) -> Tracked {
         record::<F, S, 3>(function, [a, b, c])
+    }
+
+    fn apply4<F: Function<4>>(a: Tracked, b: Tracked, c: Tracked, d: Tracked, function: F) -> Tracked {
+        record::<F, S, 4>(function, [a, b, c, d])
+    }
+
+    fn apply5<F: Function<5>>(
+        a: Tracked,
+        b: Tracked,
+        c: Tracked,
+        d: Tracked,
+        e: Tracked,
+        function: F,
+    ) -> Tracked {
+        record::<F, S, 5>(function, [a, b, c, d, e])
     }
 }
 
@@ -169,7 +263,7 @@ fn record<F: Function<N>, S: CheckpointStrategy, const N: usize>(
             let (value, saved) = function.forward(inputs);
             step.finish((function, saved), value)
         }
-        OpsKind::UnTracked(step) => step.finish(function.forward(inputs).0),
+        OpsKind::UnTracked(step) => step.finish(function.value(inputs)),
     }
 }
 

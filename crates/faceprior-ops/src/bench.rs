@@ -69,14 +69,18 @@ impl Convolution {
     /// The output.
     pub fn forward(&mut self) {
         match self.winograd() {
-            Some(shape) => winograd::forward(Isa::best(), shape, &self.x, &self.weight, &mut self.y),
-            None => direct::forward(Isa::best(), self.geometry, &self.x, &self.weight, &mut self.y),
+            Some(shape) => {
+                let prepared = winograd::prepare(Isa::best(), shape, &self.weight);
+                winograd::forward(Isa::best(), shape, &self.x, None, &prepared, &mut self.y);
+            }
+            None => self.forward_direct(),
         }
     }
 
     /// The output, by the direct form.
     pub fn forward_direct(&mut self) {
-        direct::forward(Isa::best(), self.geometry, &self.x, &self.weight, &mut self.y);
+        let prepared = direct::prepare(Isa::best(), self.geometry, &self.weight);
+        direct::forward(Isa::best(), self.geometry, &self.x, None, &prepared, &mut self.y);
     }
 
     /// The gradient of the input.
@@ -90,8 +94,19 @@ impl Convolution {
     /// The gradient of the weight.
     pub fn weight_gradient(&mut self) {
         match self.winograd() {
-            Some(shape) => winograd::weight_gradient(Isa::best(), shape, &self.x, &self.y, &mut self.weight),
-            None => direct::weight_gradient(Isa::best(), self.geometry, &self.x, &self.y, &mut self.weight),
+            Some(shape) => {
+                winograd::weight_gradient(Isa::best(), shape, &self.x, None, &self.y, &mut self.weight);
+            }
+            None => {
+                direct::weight_gradient(
+                    Isa::best(),
+                    self.geometry,
+                    &self.x,
+                    None,
+                    &self.y,
+                    &mut self.weight,
+                );
+            }
         }
     }
 }

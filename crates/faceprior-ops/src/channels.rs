@@ -3,9 +3,10 @@
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
-use crate::backend::{Function, apply1, apply2, apply3, dims, small_tensor, tensor, values};
+use crate::backend::{Function, apply1, apply4, dims, tensor, values};
 use crate::kernels::pointwise::{self, pointwise};
-use crate::kernels::{BLOCK, Isa, noise as kernels};
+use crate::kernels::{BLOCK, Isa};
+use crate::pending::{Pending, cropped_rows, overwrite, padded_rows};
 use crate::pool::Buffer;
 use crate::{FeatureMap, reference};
 
@@ -17,19 +18,47 @@ pub fn scale_channels(x: FeatureMap, scale: Tensor<2>) -> FeatureMap {
     let [n, c, _, _] = x.dims();
     assert_eq!(scale.dims(), [n, c], "one factor per picture and channel");
     if x.is_blocked() {
-        x.map(|x| apply2(ScaleChannels, x, scale))
+        x.pend(Pending::is_linear, |pending| pending.times(scale))
     } else {
         x.map(|x| reference::scale_channels(x, scale))
     }
 }
 
+/// The derivative of [`scale_channels`] where map and scale both move: `ẋ · s + x · ṡ`.
+pub(crate) fn scale_channels_tangent(
+    x: FeatureMap,
+    x_tangent: FeatureMap,
+    scale: Tensor<2>,
+    scale_tangent: Tensor<2>,
+) -> FeatureMap {
+    if !x.is_blocked() {
+        let moved = scale_channels(x_tangent, scale);
+        return moved.add(scale_channels(x, scale_tangent));
+    }
+    let (channels, x) = (x.channels(), x.into_blocks());
+    let y = apply4(ScaleTangent, x, x_tangent.into_blocks(), scale, scale_tangent);
+    FeatureMap::from_blocks(y, channels)
+}
+
 /// The mean over all pixels, `[N, C]`.
 pub fn global_average_pool(x: FeatureMap) -> Tensor<2> {
     let channels = x.channels();
-    if x.is_blocked() {
-        apply1(GlobalAveragePool { channels }, x.into_blocks())
-    } else {
-        reference::global_average_pool(x.into_blocks(), channels)
+    if !x.is_blocked() {
+        return reference::global_average_pool(x.into_blocks(), channels);
+    }
+    let pool = |blocks| apply1(GlobalAveragePool { channels }, blocks);
+    let (blocks, pending) = x.into_parts();
+    // The mean of a factor and a summand's result is that of the mean; where moments were taken, it is known.
+    match pending {
+        None => pool(blocks),
+        Some(pending) if pending.is_linear() => {
+            let mean = match pending.normalization {
+                Some(normalization) => normalization.centred_means(),
+                None => pool(blocks),
+            };
+            mean.mul(pending.scale).add(pending.shift)
+        }
+        Some(pending) => pool(pending.settle(blocks)),
     }
 }
 
@@ -49,63 +78,51 @@ pub fn add_noise(x: FeatureMap, noise: Tensor<4>, strength: Tensor<1>) -> Featur
     );
     let noise = noise.detach();
     if x.is_blocked() {
-        x.map(|x| apply3(AddNoise, x, noise, strength))
+        x.pend(Pending::is_linear, |pending| pending.with_noise(noise, strength))
     } else {
         x.map(|x| reference::add_noise(x, noise, strength))
     }
 }
 
-/// One factor per picture and channel.
+/// The product rule for a factor per picture and channel.
 #[derive(Clone, Debug)]
-struct ScaleChannels;
+struct ScaleTangent;
 
-/// `[N, C]` with zeros up to whole blocks.
-fn padded_rows(x: &FlexTensor) -> Vec<f32> {
-    let [_, channels] = dims(x);
-    values(x)
-        .chunks_exact(channels)
-        .flat_map(pointwise::padded)
-        .collect()
-}
+impl Function<4> for ScaleTangent {
+    type Saved = [FlexTensor; 4];
 
-/// The first `channels` values of each picture, `[N, C]`.
-fn cropped_rows(values: &[f32], n: usize, channels: usize) -> FlexTensor {
-    let rows = values.chunks_exact(values.len() / n);
-    let cropped: Vec<_> = rows.flat_map(|row| row[..channels].iter().copied()).collect();
-    small_tensor(&cropped, [n, channels])
-}
-
-impl Function<2> for ScaleChannels {
-    type Saved = [FlexTensor; 2];
-
-    fn forward(&self, [x, scale]: [FlexTensor; 2]) -> (FlexTensor, Self::Saved) {
-        let [n, blocks, ..] = dims::<5>(&x);
-        let constants = [padded_rows(&scale)];
-        let constants = constants.each_ref().map(Vec::as_slice);
+    fn forward(&self, inputs: [FlexTensor; 4]) -> (FlexTensor, Self::Saved) {
+        let [x, x_tangent, scale, scale_tangent] = &inputs;
+        let [n, blocks, ..] = dims::<5>(x);
         let (y, []) = pointwise(
             Isa::best(),
-            pointwise::Scale {},
+            pointwise::ScaleTangent {},
             n * blocks,
-            [values(&x)],
-            constants,
+            [values(x), values(x_tangent)],
+            [&padded_rows(scale), &padded_rows(scale_tangent)],
         );
-        (tensor(y, dims::<5>(&x)), [x, scale])
+        (tensor(y, dims::<5>(x)), inputs)
     }
 
-    fn backward(&self, [x, scale]: Self::Saved, dy: FlexTensor, _: [bool; 2]) -> [Option<FlexTensor>; 2] {
-        let ([n, blocks, ..], [_, channels]) = (dims::<5>(&x), dims(&scale));
-        let (inputs, constants) = ([values(&x), values(&dy)], padded_rows(&scale));
-        let (dx, [products, _]) = pointwise(
-            Isa::best(),
-            pointwise::ScaleShiftGradient {},
-            n * blocks,
-            inputs,
-            [&constants],
-        );
-        [
-            Some(tensor(dx, dims::<5>(&x))),
-            Some(cropped_rows(&products, n, channels)),
-        ]
+    fn backward(
+        &self,
+        [x, x_tangent, scale, scale_tangent]: Self::Saved,
+        dy: FlexTensor,
+        wanted: [bool; 4],
+    ) -> [Option<FlexTensor>; 4] {
+        // Each side is a product with a constant to the other, and its gradient that of a factor.
+        let (n, centre) = (dims::<5>(&x)[0], [0.0; BLOCK]);
+        let side = |map: &FlexTensor, dy: FlexTensor, factor: &FlexTensor| {
+            let [_, channels] = dims(factor);
+            let constants: [&[f32]; 2] = [&padded_rows(factor), &centre];
+            let (gradient, [products, _]) = overwrite(pointwise::ScaleShiftGradient {}, map, dy, constants);
+            (gradient, cropped_rows(&products, n, channels))
+        };
+        let x_side = (wanted[0] || wanted[3]).then(|| side(&x, dy.clone(), &scale_tangent));
+        let tangent_side = (wanted[1] || wanted[2]).then(|| side(&x_tangent, dy, &scale));
+        let (dx, scale_tangent) = x_side.unzip();
+        let (dx_tangent, scale) = tangent_side.unzip();
+        [dx, dx_tangent, scale, scale_tangent]
     }
 }
 
@@ -140,27 +157,6 @@ impl Function<1> for GlobalAveragePool {
     }
 }
 
-/// Noise times a strength in every channel.
-#[derive(Clone, Debug)]
-struct AddNoise;
-
-impl Function<3> for AddNoise {
-    type Saved = FlexTensor;
-
-    fn forward(&self, [x, noise, strength]: [FlexTensor; 3]) -> (FlexTensor, FlexTensor) {
-        let shape @ [_, blocks, h, w, _] = dims(&x);
-        let strength = values(&strength)[0];
-        let y = kernels::add_noise(Isa::best(), values(&x), blocks, values(&noise), h * w, strength);
-        (tensor(y, shape), noise)
-    }
-
-    fn backward(&self, noise: FlexTensor, dy: FlexTensor, _: [bool; 3]) -> [Option<FlexTensor>; 3] {
-        let [_, blocks, h, w, _] = dims(&dy);
-        let strength = kernels::strength_gradient(Isa::best(), values(&dy), blocks, values(&noise), h * w);
-        [Some(dy), None, Some(small_tensor(&[strength], [1]))]
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,6 +172,20 @@ mod tests {
             |[x, s]| scale_channels(FeatureMap::from_nchw(x), s.reshape([3, 20])).into_nchw(),
             |[x, s]| x.mul(s),
             [[3, 20, 5, 7], [3, 20, 1, 1]],
+            1e-6,
+        );
+    }
+
+    #[test]
+    fn tangent_of_scale_channels_agrees_with_its_reference() {
+        assert_twins(
+            |[x, t, s, u]| {
+                let [x, t] = [x, t].map(FeatureMap::from_nchw);
+                let [s, u] = [s, u].map(|s| s.reshape([3, 20]));
+                scale_channels_tangent(x, t, s, u).into_nchw()
+            },
+            |[x, t, s, u]| t.mul(s) + x.mul(u),
+            [[3, 20, 5, 7], [3, 20, 5, 7], [3, 20, 1, 1], [3, 20, 1, 1]],
             1e-6,
         );
     }

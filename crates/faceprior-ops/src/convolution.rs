@@ -1,14 +1,19 @@
 //! Convolutions.
 
+use std::sync::Arc;
+
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
-use crate::backend::{Function, apply2, dims, tensor, values};
+use crate::backend::{Function, apply2, apply4, apply5, dims, tensor, values};
 use crate::kernels::direct::{self, Geometry};
+use crate::kernels::load::Load;
 use crate::kernels::winograd::{self, Shape};
 use crate::kernels::{BLOCK, Isa, depthwise};
+use crate::pending::{Activation, Constants, GradientPath, deliver};
 use crate::pool::Buffer;
-use crate::{FeatureMap, reference, scale_channels};
+use crate::prepared::{self, Form, prepared};
+use crate::{FeatureMap, reference};
 
 /// Geometry of a 2-D convolution: square stride and zero padding, no dilation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +39,13 @@ impl Default for Conv2dOptions {
 impl Conv2dOptions {
     /// Options of a 3×3 convolution that keeps the size.
     pub fn same3x3() -> Self {
+        Self::same(3)
+    }
+
+    /// Options of a convolution with an odd kernel that keeps the size.
+    pub fn same(kernel: usize) -> Self {
         Self {
-            padding: 1,
+            padding: kernel / 2,
             ..Self::default()
         }
     }
@@ -53,39 +63,29 @@ pub fn conv2d(x: FeatureMap, weight: Tensor<4>, options: Conv2dOptions) -> Featu
         "convolution weight does not fit the input's channels"
     );
     let depthwise = options.groups == x.channels() && options.groups == o;
-    let y = if x.is_blocked() && (options.groups == 1 || depthwise) {
-        apply2(Convolution { options }, x.into_blocks(), weight)
-    } else {
-        reference::conv2d(x.into_blocks(), weight, options)
+    if !(x.is_blocked() && (options.groups == 1 || depthwise)) {
+        return FeatureMap::from_blocks(reference::conv2d(x.into_blocks(), weight, options), o);
+    }
+    let (x, pending) = x.into_parts();
+    let convolution = |path| Convolution { options, path };
+    let y = match pending {
+        None => apply2(convolution(None), x, weight),
+        Some(pending) => {
+            let path = pending.path();
+            match pending.slope {
+                None => apply4(convolution(path), x, weight, pending.scale, pending.shift),
+                Some(slope) => apply5(convolution(path), x, weight, pending.scale, pending.shift, slope),
+            }
+        }
     };
     FeatureMap::from_blocks(y, o)
 }
 
-/// StyleGAN2's modulated convolution with odd kernel and "same" padding (Karras et al. 2020, equations 1 and 3).
-///
-/// Scaling the weights per picture, as the paper writes it, equals scaling the activations: the inputs by the style,
-/// then one convolution shared by the batch, then the outputs by the demodulation factor
-/// `rsqrt(Σ_{i,k} W[o,i,k]²·s[n,i]² + 1e-8)`.
-///
-/// # Shapes
-/// `weight`: `[O, I, k, k]`; `style`: `[N, I]`; output `[N, O, H, W]`.
-pub fn modulated_conv2d(x: FeatureMap, weight: Tensor<4>, style: Tensor<2>, demodulate: bool) -> FeatureMap {
-    let options = Conv2dOptions {
-        padding: weight.dims()[2] / 2,
-        ..Conv2dOptions::default()
-    };
-    let y = conv2d(scale_channels(x, style.clone()), weight.clone(), options);
-    if demodulate {
-        scale_channels(y, reference::demodulation(weight, style))
-    } else {
-        y
-    }
-}
-
-/// Convolution on blocks, by whichever kernel suits the shape.
+/// Convolution on blocks, by whichever kernel suits the shape, of a map or of what is still to be done to it.
 #[derive(Clone, Debug)]
 struct Convolution {
     options: Conv2dOptions,
+    path: Option<GradientPath>,
 }
 
 #[derive(Clone, Copy)]
@@ -144,20 +144,128 @@ impl Convolution {
     }
 }
 
+impl Convolution {
+    /// The output; `prepare` makes the weight ready for a kernel.
+    fn output(
+        &self,
+        x: &FlexTensor,
+        load: Option<Load>,
+        weight: &FlexTensor,
+        prepare: impl Fn(Form, &dyn Fn(&[f32]) -> Buffer) -> Arc<Buffer>,
+    ) -> FlexTensor {
+        let geometry = self.geometry(x, weight);
+        let ([oh, ow], blocks) = (geometry.outputs(), geometry.o.div_ceil(BLOCK));
+        let mut y = Buffer::take(geometry.n * blocks * oh * ow * BLOCK);
+        let (isa, from) = (Isa::best(), values(x));
+        match self.algorithm(geometry) {
+            Algorithm::Winograd(shape) => {
+                let prepared = prepare(Form::Winograd, &|weight| winograd::prepare(isa, shape, weight));
+                winograd::forward(isa, shape, from, load, &prepared, &mut y);
+            }
+            Algorithm::Direct(geometry) => {
+                let prepared = prepare(Form::Direct, &|weight| direct::prepare(isa, geometry, weight));
+                direct::forward(isa, geometry, from, load, &prepared, &mut y);
+            }
+            Algorithm::Depthwise(geometry) => {
+                depthwise::forward(isa, geometry, from, load, values(weight), &mut y);
+            }
+        }
+        tensor(y, [geometry.n, blocks, oh, ow, BLOCK])
+    }
+
+    /// The output where a gradient will be asked for.
+    fn tracked(&self, x: &FlexTensor, load: Option<Load>, weight: &FlexTensor) -> FlexTensor {
+        prepared::forget_dead();
+        self.output(x, load, weight, |_, prepare| Arc::new(prepare(values(weight))))
+    }
+
+    /// The output where none will: weights may stay prepared, if that is a good part of the work.
+    fn untracked(&self, x: &FlexTensor, load: Option<Load>, weight: &FlexTensor) -> FlexTensor {
+        let [n, _, h, w, _] = dims(x);
+        if n * h * w > MAX_PREPARED_PIXELS {
+            return self.output(x, load, weight, |_, prepare| Arc::new(prepare(values(weight))));
+        }
+        self.output(x, load, weight, |form, prepare| prepared(weight, form, prepare))
+    }
+
+    /// The gradients of what was read and of the weight.
+    fn gradients(
+        &self,
+        x: &FlexTensor,
+        load: Option<Load>,
+        weight: &FlexTensor,
+        dy: &FlexTensor,
+        [of_x, of_weight]: [bool; 2],
+    ) -> [Option<FlexTensor>; 2] {
+        let geometry = self.geometry(x, weight);
+        let (isa, algorithm) = (Isa::best(), self.algorithm(geometry));
+        let (from, taps, gradient) = (values(x), values(weight), values(dy));
+        let dw = of_weight.then(|| {
+            let mut dw = Buffer::take(taps.len());
+            match algorithm {
+                Algorithm::Winograd(shape) => {
+                    winograd::weight_gradient(isa, shape, from, load, gradient, &mut dw);
+                }
+                Algorithm::Direct(geometry) => {
+                    direct::weight_gradient(isa, geometry, from, load, gradient, &mut dw);
+                }
+                Algorithm::Depthwise(geometry) => {
+                    depthwise::weight_gradient(isa, geometry, from, load, gradient, &mut dw);
+                }
+            }
+            tensor(dw, dims::<4>(weight))
+        });
+        let dx = of_x.then(|| {
+            let mut dx = Buffer::take(from.len());
+            match algorithm {
+                Algorithm::Winograd(shape) => winograd::data_gradient(isa, shape, gradient, taps, &mut dx),
+                Algorithm::Direct(geometry) => direct::data_gradient(isa, geometry, gradient, taps, &mut dx),
+                Algorithm::Depthwise(geometry) => {
+                    depthwise::data_gradient(isa, geometry, gradient, taps, &mut dx);
+                }
+            }
+            tensor(dx, dims::<5>(x))
+        });
+        [dx, dw]
+    }
+
+    /// The gradients of the map as it is and of scale, shift and slope, and that of the weight.
+    fn loading_gradients(
+        &self,
+        Loaded { x, weight, constants }: Loaded,
+        dy: &FlexTensor,
+        wanted: [bool; 2],
+    ) -> (Option<FlexTensor>, Option<FlexTensor>, [Option<FlexTensor>; 3]) {
+        let [of_x, of_weight] = wanted;
+        let [read, dw] = self.gradients(&x, Some(constants.load()), &weight, dy, [true, of_weight]);
+        let Some(read) = read else {
+            return (None, dw, [None, None, None]);
+        };
+        let (dx, parameters) = constants.gradients(&x, read, Activation::LINEAR);
+        (deliver(self.path.as_ref(), of_x, dx), dw, parameters.map(Some))
+    }
+}
+
+/// Above this many input pixels preparing a weight is a small part of the work.
+const MAX_PREPARED_PIXELS: usize = 2048;
+
+/// What a convolution with something pending keeps.
+#[derive(Clone, Debug)]
+struct Loaded {
+    x: FlexTensor,
+    weight: FlexTensor,
+    constants: Constants,
+}
+
 impl Function<2> for Convolution {
     type Saved = [FlexTensor; 2];
 
     fn forward(&self, [x, weight]: [FlexTensor; 2]) -> (FlexTensor, Self::Saved) {
-        let geometry = self.geometry(&x, &weight);
-        let ([oh, ow], blocks) = (geometry.outputs(), geometry.o.div_ceil(BLOCK));
-        let mut y = Buffer::take(geometry.n * blocks * oh * ow * BLOCK);
-        let (isa, from, taps) = (Isa::best(), values(&x), values(&weight));
-        match self.algorithm(geometry) {
-            Algorithm::Winograd(shape) => winograd::forward(isa, shape, from, taps, &mut y),
-            Algorithm::Direct(geometry) => direct::forward(isa, geometry, from, taps, &mut y),
-            Algorithm::Depthwise(geometry) => depthwise::forward(isa, geometry, from, taps, &mut y),
-        }
-        (tensor(y, [geometry.n, blocks, oh, ow, BLOCK]), [x, weight])
+        (self.tracked(&x, None, &weight), [x, weight])
+    }
+
+    fn value(&self, [x, weight]: [FlexTensor; 2]) -> FlexTensor {
+        self.untracked(&x, None, &weight)
     }
 
     fn backward(
@@ -166,34 +274,47 @@ impl Function<2> for Convolution {
         dy: FlexTensor,
         wanted: [bool; 2],
     ) -> [Option<FlexTensor>; 2] {
-        let geometry = self.geometry(&x, &weight);
-        let (isa, algorithm) = (Isa::best(), self.algorithm(geometry));
-        let (from, taps, gradient) = (values(&x), values(&weight), values(&dy));
-        let dx = wanted[0].then(|| {
-            let mut dx = Buffer::take(from.len());
-            match algorithm {
-                Algorithm::Winograd(shape) => winograd::data_gradient(isa, shape, gradient, taps, &mut dx),
-                Algorithm::Direct(geometry) => direct::data_gradient(isa, geometry, gradient, taps, &mut dx),
-                Algorithm::Depthwise(geometry) => {
-                    depthwise::data_gradient(isa, geometry, gradient, taps, &mut dx)
-                }
-            }
-            tensor(dx, dims::<5>(&x))
-        });
-        let dw = wanted[1].then(|| {
-            let mut dw = Buffer::take(taps.len());
-            match algorithm {
-                Algorithm::Winograd(shape) => winograd::weight_gradient(isa, shape, from, gradient, &mut dw),
-                Algorithm::Direct(geometry) => {
-                    direct::weight_gradient(isa, geometry, from, gradient, &mut dw)
-                }
-                Algorithm::Depthwise(geometry) => {
-                    depthwise::weight_gradient(isa, geometry, from, gradient, &mut dw)
-                }
-            }
-            tensor(dw, dims::<4>(&weight))
-        });
-        [dx, dw]
+        self.gradients(&x, None, &weight, &dy, wanted)
+    }
+}
+
+impl Function<4> for Convolution {
+    type Saved = Loaded;
+
+    fn forward(&self, [x, weight, scale, shift]: [FlexTensor; 4]) -> (FlexTensor, Loaded) {
+        let constants = Constants::linear(&scale, &shift, self.path.as_ref());
+        let y = self.tracked(&x, Some(constants.load()), &weight);
+        (y, Loaded { x, weight, constants })
+    }
+
+    fn value(&self, [x, weight, scale, shift]: [FlexTensor; 4]) -> FlexTensor {
+        let constants = Constants::linear(&scale, &shift, self.path.as_ref());
+        self.untracked(&x, Some(constants.load()), &weight)
+    }
+
+    fn backward(&self, saved: Loaded, dy: FlexTensor, wanted: [bool; 4]) -> [Option<FlexTensor>; 4] {
+        let (dx, dw, [scale, shift, _]) = self.loading_gradients(saved, &dy, [wanted[0], wanted[1]]);
+        [dx, dw, scale, shift]
+    }
+}
+
+impl Function<5> for Convolution {
+    type Saved = Loaded;
+
+    fn forward(&self, [x, weight, scale, shift, slope]: [FlexTensor; 5]) -> (FlexTensor, Loaded) {
+        let constants = Constants::new(&scale, &shift, values(&slope), self.path.as_ref());
+        let y = self.tracked(&x, Some(constants.load()), &weight);
+        (y, Loaded { x, weight, constants })
+    }
+
+    fn value(&self, [x, weight, scale, shift, slope]: [FlexTensor; 5]) -> FlexTensor {
+        let constants = Constants::new(&scale, &shift, values(&slope), self.path.as_ref());
+        self.untracked(&x, Some(constants.load()), &weight)
+    }
+
+    fn backward(&self, saved: Loaded, dy: FlexTensor, wanted: [bool; 5]) -> [Option<FlexTensor>; 5] {
+        let (dx, dw, [scale, shift, slope]) = self.loading_gradients(saved, &dy, [wanted[0], wanted[1]]);
+        [dx, dw, scale, shift, slope]
     }
 }
 
@@ -234,6 +355,7 @@ mod tests {
     fn same3x3_of_many_tiles_takes_winograds_form() {
         let convolution = Convolution {
             options: Conv2dOptions::same3x3(),
+            path: None,
         };
         let geometry = Geometry {
             n: 2,
@@ -268,36 +390,5 @@ mod tests {
                 conv2d(FeatureMap::from_nchw(x), weight, Conv2dOptions::same3x3()).into_nchw()
             });
         assert_close(y, Tensor::cat(halves.collect(), 1), 1e-5);
-    }
-
-    /// Against weights scaled per picture, as the paper has it.
-    #[test]
-    fn modulated_convolution_equals_its_definition() {
-        let (x, weight, style) = (
-            random([2, 20, 6, 6], 1),
-            random([24, 20, 3, 3], 2),
-            random([2, 20], 3),
-        );
-        for demodulate in [false, true] {
-            let got = modulated_conv2d(
-                FeatureMap::from_nchw(x.clone()),
-                weight.clone(),
-                style.clone(),
-                demodulate,
-            );
-            let pictures = (0..2).map(|n| {
-                let style = style.clone().narrow(0, n, 1).reshape([1, 20, 1, 1]);
-                let modulated = weight.clone().mul(style);
-                let modulated = if demodulate {
-                    let energy = modulated.clone().square().sum_dims(&[1, 2, 3]);
-                    modulated.mul(energy.add_scalar(1e-8).sqrt().recip())
-                } else {
-                    modulated
-                };
-                let x = FeatureMap::from_nchw(x.clone().narrow(0, n, 1));
-                conv2d(x, modulated, Conv2dOptions::same3x3()).into_nchw()
-            });
-            assert_close(got.into_nchw(), Tensor::cat(pictures.collect(), 0), 1e-5);
-        }
     }
 }

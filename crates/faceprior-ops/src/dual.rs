@@ -10,7 +10,9 @@
 use burn::tensor::Tensor;
 
 use crate::activation::bias_activation_tangent;
-use crate::{BiasActivation, Conv2dOptions, FeatureMap, reference};
+use crate::channels::scale_channels_tangent;
+use crate::modulation::{demodulation, energy};
+use crate::{BiasActivation, Conv2dOptions, FeatureMap};
 
 /// A value and its derivative along one direction.
 #[derive(Clone, Debug)]
@@ -58,12 +60,16 @@ pub fn bias_activation(
 
 /// [`crate::scale_channels`] of a dual by a dual: the product rule.
 pub fn scale_channels(x: Dual<FeatureMap>, scale: Dual<Tensor<2>>) -> Dual<FeatureMap> {
-    let moved = crate::scale_channels(x.tangent, scale.value.clone());
-    let scaled = crate::scale_channels(x.value.clone(), scale.tangent);
+    let tangent = scale_channels_tangent(x.value.clone(), x.tangent, scale.value.clone(), scale.tangent);
     Dual {
         value: crate::scale_channels(x.value, scale.value),
-        tangent: moved.add(scaled),
+        tangent,
     }
+}
+
+/// [`FeatureMap::mul_scalar`] of a dual.
+pub fn mul_scalar(x: Dual<FeatureMap>, factor: f32) -> Dual<FeatureMap> {
+    x.linear(|x| x.mul_scalar(factor))
 }
 
 /// [`FeatureMap::add`] of duals.
@@ -107,17 +113,13 @@ pub fn modulated_conv2d(
     style: Dual<Tensor<2>>,
     demodulate: bool,
 ) -> Dual<FeatureMap> {
-    let [o, i, k, _] = weight.dims();
-    let options = Conv2dOptions {
-        padding: k / 2,
-        ..Conv2dOptions::default()
-    };
+    let options = Conv2dOptions::same(weight.dims()[2]);
     let y = conv2d(scale_channels(x, style.clone()), weight.clone(), options);
     if !demodulate {
         return y;
     }
-    let factor = reference::demodulation(weight.clone(), style.value.clone());
-    let energy = weight.square().sum_dims(&[2, 3]).reshape([o, i]); // [O, I]
+    let energy = energy(weight); // [O, I]
+    let factor = demodulation(energy.clone(), style.value.clone()); // [N, O]
     let growth = style.value.mul(style.tangent).matmul(energy.transpose()); // [N, O]
     let tangent = factor.clone().powi_scalar(3).mul(growth).neg();
     scale_channels(

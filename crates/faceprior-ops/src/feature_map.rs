@@ -6,6 +6,7 @@ use burn_flex::FlexTensor;
 
 use crate::backend::{Function, apply1, apply2, dims, tensor, values};
 use crate::kernels::{BLOCK, Isa, layout, pointwise};
+use crate::pending::Pending;
 use crate::reference;
 
 /// An activation `[N, C, H, W]` in the layout that suits its device.
@@ -14,11 +15,15 @@ use crate::reference;
 /// instruction works on a pixel and a convolution needs no transposition. The lanes above `C` in the last block are
 /// padding: finite, and otherwise meaningless. On any other device the block is one channel wide, which is NCHW.
 ///
+/// Also on the CPU, a factor and a summand per channel and a slope below zero may still be pending: whatever reads the
+/// values next applies them on the way.
+///
 /// Maps that meet in one operation must live on the same device.
 #[derive(Clone, Debug)]
 pub struct FeatureMap {
     blocks: Tensor<5>,
     channels: usize,
+    pending: Option<Pending>,
 }
 
 impl FeatureMap {
@@ -33,20 +38,16 @@ impl FeatureMap {
         } else {
             reference::block(x, 1)
         };
-        Self { blocks, channels }
+        Self::from_blocks(blocks, channels)
     }
 
     /// Gives the activation back as a plain tensor `[N, C, H, W]`.
     pub fn into_nchw(self) -> Tensor<4> {
+        let channels = self.channels;
         if self.is_blocked() {
-            apply1(
-                Unblock {
-                    channels: self.channels,
-                },
-                self.blocks,
-            )
+            apply1(Unblock { channels }, self.into_blocks())
         } else {
-            reference::unblock(self.blocks, self.channels)
+            reference::unblock(self.blocks, channels)
         }
     }
 
@@ -72,17 +73,27 @@ impl FeatureMap {
             other.dims(),
             "feature maps that are added must have one shape"
         );
-        if self.is_blocked() {
-            self.map(|x| apply2(Add, x, other.blocks))
-        } else {
-            self.map(|x| x.add(other.blocks))
+        if !self.is_blocked() {
+            return self.map(|x| x.add(other.blocks));
         }
+        // What is still to be done to one of the two is done in the same pass.
+        let (one, other) = if self.is_linear() {
+            (self, other)
+        } else {
+            (other, self)
+        };
+        let (channels, other) = (one.channels, other.into_blocks());
+        let blocks = match one.pending {
+            Some(pending) if pending.is_linear() => pending.add(one.blocks, other),
+            _ => apply2(Add, one.into_blocks(), other),
+        };
+        Self::from_blocks(blocks, channels)
     }
 
     /// The map with every value multiplied by `s`.
     pub fn mul_scalar(self, s: f32) -> FeatureMap {
         if self.is_blocked() {
-            self.map(|x| apply1(MulScalar { factor: s }, x))
+            self.pend(Pending::is_linear, |pending| pending.times_scalar(s))
         } else {
             self.map(|x| x.mul_scalar(s))
         }
@@ -107,8 +118,8 @@ impl FeatureMap {
             maps.iter().all(|map| map.channels == channels),
             "feature maps of one batch must agree in channels"
         );
-        let blocks = Tensor::cat(maps.into_iter().map(|map| map.blocks).collect(), 0);
-        FeatureMap { blocks, channels }
+        let blocks = Tensor::cat(maps.into_iter().map(FeatureMap::into_blocks).collect(), 0);
+        FeatureMap::from_blocks(blocks, channels)
     }
 
     /// Splits a batch before picture `at`: the first `at` pictures and the rest.
@@ -119,17 +130,12 @@ impl FeatureMap {
         let n = self.blocks.dims()[0];
         assert!(0 < at && at < n, "cannot split a batch of {n} at {at}");
         let channels = self.channels;
-        let first = self.blocks.clone().narrow(0, 0, at);
-        let rest = self.blocks.narrow(0, at, n - at);
+        let blocks = self.into_blocks();
+        let first = blocks.clone().narrow(0, 0, at);
+        let rest = blocks.narrow(0, at, n - at);
         (
-            FeatureMap {
-                blocks: first,
-                channels,
-            },
-            FeatureMap {
-                blocks: rest,
-                channels,
-            },
+            FeatureMap::from_blocks(first, channels),
+            FeatureMap::from_blocks(rest, channels),
         )
     }
 
@@ -140,11 +146,64 @@ impl FeatureMap {
 
     pub(crate) fn from_blocks(blocks: Tensor<5>, channels: usize) -> Self {
         debug_assert_eq!(blocks.dims()[1], channels.div_ceil(blocks.dims()[4]));
-        Self { blocks, channels }
+        Self {
+            blocks,
+            channels,
+            pending: None,
+        }
     }
 
+    /// The blocks with nothing pending.
     pub(crate) fn into_blocks(self) -> Tensor<5> {
-        self.blocks
+        match self.pending {
+            Some(pending) => pending.settle(self.blocks),
+            None => self.blocks,
+        }
+    }
+
+    /// The blocks as they are, and what is still to be done to them.
+    pub(crate) fn into_parts(self) -> (Tensor<5>, Option<Pending>) {
+        (self.blocks, self.pending)
+    }
+
+    /// The map with something more to be done, a function of what is pending. Where that does not `fit`, it is
+    /// settled first; where nothing is pending, the function gets the identity.
+    pub(crate) fn pend(self, fit: impl FnOnce(&Pending) -> bool, f: impl FnOnce(Pending) -> Pending) -> Self {
+        debug_assert!(self.is_blocked());
+        let channels = self.channels;
+        let (blocks, pending) = match self.pending {
+            Some(pending) if fit(&pending) => (self.blocks, pending),
+            pending => {
+                let blocks = match pending {
+                    Some(pending) => pending.settle(self.blocks),
+                    None => self.blocks,
+                };
+                let identity = Pending::identity(channels, &blocks);
+                (blocks, identity)
+            }
+        };
+        Self {
+            blocks,
+            channels,
+            pending: Some(f(pending)),
+        }
+    }
+
+    /// Applies a filter along height and width that keeps constants, before what is pending if that may wait.
+    pub(crate) fn filter(self, f: impl FnOnce(Tensor<5>) -> Tensor<5>) -> Self {
+        match self.pending {
+            Some(pending) if pending.commutes_with_filters() => Self {
+                blocks: f(self.blocks),
+                channels: self.channels,
+                pending: Some(pending.moved()),
+            },
+            _ => self.map(f),
+        }
+    }
+
+    /// Whether more factors and summands can join what is pending, if anything is.
+    fn is_linear(&self) -> bool {
+        self.pending.as_ref().is_some_and(Pending::is_linear)
     }
 
     pub(crate) fn channels(&self) -> usize {
@@ -158,10 +217,8 @@ impl FeatureMap {
 
     /// Applies a function of the blocks that keeps the channels.
     pub(crate) fn map(self, f: impl FnOnce(Tensor<5>) -> Tensor<5>) -> FeatureMap {
-        FeatureMap {
-            blocks: f(self.blocks),
-            channels: self.channels,
-        }
+        let channels = self.channels;
+        FeatureMap::from_blocks(f(self.into_blocks()), channels)
     }
 }
 
@@ -232,27 +289,6 @@ impl Function<2> for Add {
 
     fn backward(&self, (): (), dy: FlexTensor, _: [bool; 2]) -> [Option<FlexTensor>; 2] {
         [Some(dy.clone()), Some(dy)]
-    }
-}
-
-/// A map times a number.
-#[derive(Clone, Debug)]
-struct MulScalar {
-    factor: f32,
-}
-
-impl Function<1> for MulScalar {
-    type Saved = ();
-
-    fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, ()) {
-        let [n, blocks, ..] = dims::<5>(&x);
-        let op = pointwise::MulScalar { factor: self.factor };
-        let (y, []) = pointwise::pointwise(Isa::best(), op, n * blocks, [values(&x)], []);
-        (tensor(y, dims::<5>(&x)), ())
-    }
-
-    fn backward(&self, (): (), dy: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
-        [Some(self.forward([dy]).0)]
     }
 }
 

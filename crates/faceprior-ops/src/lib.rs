@@ -34,8 +34,11 @@ mod convolution;
 pub mod dual;
 mod feature_map;
 mod kernels;
+mod modulation;
 mod normalization;
+mod pending;
 mod pool;
+mod prepared;
 mod reference;
 mod resampling;
 #[cfg(test)]
@@ -44,8 +47,9 @@ mod update;
 
 pub use activation::{BiasActivation, add_bias, bias_activation, leaky_relu, prelu, relu};
 pub use channels::{add_noise, global_average_pool, scale_channels};
-pub use convolution::{Conv2dOptions, conv2d, modulated_conv2d};
+pub use convolution::{Conv2dOptions, conv2d};
 pub use feature_map::FeatureMap;
+pub use modulation::modulated_conv2d;
 pub use normalization::{BatchStatistics, batch_norm, batch_norm_train};
 pub use resampling::{downsample_smooth, max_pool2d, subsample, upsample_smooth};
 pub use update::{AdamStep, SgdStep, adam_step, moving_average, sgd_step};

@@ -1,13 +1,11 @@
 //! Batch normalisation (Ioffe & Szegedy 2015).
 
-use std::sync::Arc;
-
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
 use crate::backend::{Function, apply1, apply3, dims, small_tensor, tensor, values};
-use crate::kernels::pointwise::{self, over_pictures, padded, pointwise};
-use crate::kernels::{BLOCK, Isa};
+use crate::kernels::{BLOCK, Isa, pointwise};
+use crate::pending::{GradientPath, Normalization, Pending, Waiting, overwrite};
 use crate::{FeatureMap, reference};
 
 /// What one training batch says about each channel; not part of the graph of derivatives.
@@ -43,7 +41,8 @@ pub fn batch_norm(
     let scale = weight.mul(var.add_scalar(eps).sqrt().recip());
     let shift = bias.sub(mean.mul(scale.clone()));
     if x.is_blocked() {
-        x.map(|x| apply3(ScaleShift, x, scale, shift))
+        let (scale, shift) = (scale.unsqueeze(), shift.unsqueeze());
+        x.pend(Pending::is_linear, |pending| pending.times(scale).plus(shift))
     } else {
         x.map(|x| reference::scale_shift(x, scale, shift))
     }
@@ -76,160 +75,181 @@ pub fn batch_norm_train(
         );
     }
     let x = x.into_blocks();
-    let statistics: Tensor<2> = apply1(Statistics { channels: c }, x.clone().detach()); // [2, C]
-    let known = statistics.to_data().try_to_vec::<f32>().expect("an f32 tensor");
-    let (mean, var) = (Arc::from(&known[..c]), Arc::from(&known[c..]));
-    let y = apply3(BatchNorm { mean, var, eps }, x, weight, bias);
-    let mean = statistics.clone().slice([0..1, 0..c]).reshape([c]);
-    let var = statistics.slice([1..2, 0..c]).reshape([c]);
-    (
-        FeatureMap::from_blocks(y, c),
-        BatchStatistics { mean, var, count },
-    )
+    let waiting = Waiting::default();
+    let moments: Tensor<3> = apply1(
+        Moments {
+            channels: c,
+            waiting: waiting.clone(),
+        },
+        x.clone(),
+    ); // [N, 2, C]
+    let known = moments.to_data().try_to_vec::<f32>().expect("an f32 tensor");
+    let normalize = Normalize::new(&known, c, eps);
+    let device = x.device();
+    let statistic = |values: &[f64]| {
+        let values: Vec<_> = values.iter().map(|value| *value as f32).collect();
+        Tensor::from_floats(values.as_slice(), &device)
+    };
+    let (mean, var) = (statistic(&normalize.mean), statistic(&normalize.var));
+    let centre = normalize.mean.iter().map(|mean| *mean as f32).collect();
+    let normalization = Normalization {
+        moments: moments.clone(),
+        path: GradientPath::new(centre, waiting),
+    };
+    let coefficients: Tensor<2> = apply3(normalize, moments, weight, bias); // [2, C]
+    let scale = coefficients.clone().narrow(0, 0, 1); // [1, C]
+    let shift = coefficients.narrow(0, 1, 1); // [1, C]
+    let y = FeatureMap::from_blocks(x, c).pend(Pending::is_linear, |_| {
+        Pending::normalized(scale, shift, normalization)
+    });
+    (y, BatchStatistics { mean, var, count })
 }
 
-/// A factor and a summand per channel.
+/// Mean and variance of each plane, `[N, 2, C]`.
+///
+/// In the backward pass it adds the gradient through itself to the one through the values that waits.
 #[derive(Clone, Debug)]
-struct ScaleShift;
+struct Moments {
+    channels: usize,
+    waiting: Waiting,
+}
 
-impl Function<3> for ScaleShift {
+impl Function<1> for Moments {
+    /// The map and the planes' means.
     type Saved = (FlexTensor, Vec<f32>);
 
-    fn forward(&self, [x, scale, shift]: [FlexTensor; 3]) -> (FlexTensor, Self::Saved) {
-        let scale = values(&scale).to_vec();
-        (scale_shift(&x, &scale, values(&shift)), (x, scale))
-    }
-
-    fn backward(&self, (x, scale): Self::Saved, dy: FlexTensor, _: [bool; 3]) -> [Option<FlexTensor>; 3] {
-        let [n, blocks, ..] = dims::<5>(&x);
-        let inputs = [values(&x), values(&dy)];
-        let op = pointwise::ScaleShiftGradient {};
-        let (dx, sums) = pointwise(Isa::best(), op, n * blocks, inputs, [&padded(&scale)]);
-        let channels = scale.len();
-        let [scales, shifts] =
-            sums.map(|sums| Some(small_tensor(&over_pictures(&sums, channels), [channels])));
-        [Some(tensor(dx, dims::<5>(&x))), scales, shifts]
-    }
-}
-
-fn scale_shift(x: &FlexTensor, scale: &[f32], shift: &[f32]) -> FlexTensor {
-    let [n, blocks, ..] = dims::<5>(x);
-    let constants: [&[f32]; 2] = [&padded(scale), &padded(shift)];
-    let (y, []) = pointwise(
-        Isa::best(),
-        pointwise::ScaleShift {},
-        n * blocks,
-        [values(x)],
-        constants,
-    );
-    tensor(y, dims::<5>(x))
-}
-
-/// Mean and biased variance of each channel, `[2, C]`; has no gradient.
-#[derive(Clone, Debug)]
-struct Statistics {
-    channels: usize,
-}
-
-impl Function<1> for Statistics {
-    type Saved = ();
-
-    fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, ()) {
+    fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, Self::Saved) {
         let ([n, blocks, ..], channels) = (dims::<5>(&x), self.channels);
         let planes = pointwise::moments(Isa::best(), n * blocks, values(&x));
-        let mut statistics = vec![0.0; 2 * channels];
-        for channel in 0..channels {
-            // Planes have equally many pixels, so that their moments join without weights (Chan et al. 1983).
-            let lane = channel % BLOCK;
-            let of_pictures = || {
-                planes.iter().skip(channel / BLOCK).step_by(blocks).map(|plane| {
-                    [plane.centre, plane.offset, plane.square].map(|moment| f64::from(moment[lane]))
-                })
-            };
-            let mean = of_pictures()
-                .map(|[centre, offset, _]| centre + offset)
-                .sum::<f64>()
-                / n as f64;
-            let squares = of_pictures().map(|[centre, offset, square]| {
-                let distance = centre - mean;
-                square + distance * (distance + 2.0 * offset)
-            });
-            let var = (squares.sum::<f64>() / n as f64).max(0.0);
-            (statistics[channel], statistics[channels + channel]) = (mean as f32, var as f32);
+        let mut moments = vec![0.0; n * 2 * channels];
+        let mut means = vec![0.0; n * blocks * BLOCK];
+        for (index, plane) in planes.iter().enumerate() {
+            let (picture, first) = (index / blocks, index % blocks * BLOCK);
+            for lane in 0..BLOCK.min(channels - first) {
+                let mean = plane.centre[lane] + plane.offset[lane];
+                let at = picture * 2 * channels + first + lane;
+                moments[at] = mean;
+                moments[at + channels] = (plane.square[lane] - plane.offset[lane].powi(2)).max(0.0);
+                means[index * BLOCK + lane] = mean;
+            }
         }
-        (small_tensor(&statistics, [2, channels]), ())
+        (small_tensor(&moments, [n, 2, channels]), (x, means))
     }
 
-    fn backward(&self, (): (), _: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
-        [None]
+    /// With the plane's mean `m` and P pixels: `dx = dm/P + dv · 2(x − m)/P`.
+    fn backward(
+        &self,
+        (x, means): Self::Saved,
+        dy: FlexTensor,
+        wanted: [bool; 1],
+    ) -> [Option<FlexTensor>; 1] {
+        let waiting = self.waiting.take();
+        if !wanted[0] {
+            return [None];
+        }
+        let ([n, blocks, h, w, _], channels) = (dims(&x), self.channels);
+        let (dy, pixels) = (values(&dy), (h * w) as f32);
+        let mut constants = [(); 2].map(|()| vec![0.0; n * blocks * BLOCK]);
+        for picture in 0..n {
+            for channel in 0..channels {
+                let from = picture * 2 * channels + channel;
+                let (mean, square) = (dy[from] / pixels, 2.0 * dy[from + channels] / pixels);
+                let at = picture * blocks * BLOCK + channel;
+                constants[0][at] = square;
+                constants[1][at] = mean - square * means[at];
+            }
+        }
+        let constants = constants.each_ref().map(Vec::as_slice);
+        let dx = match waiting {
+            Some(dx) => overwrite(pointwise::AddScaleShift {}, &x, dx, constants).0,
+            None => {
+                let op = pointwise::ScaleShift {};
+                let (dx, []) = pointwise::pointwise(Isa::best(), op, n * blocks, [values(&x)], constants);
+                tensor(dx, dims::<5>(&x))
+            }
+        };
+        [Some(dx)]
     }
 }
 
-/// Batch normalisation by statistics that are functions of the input.
+/// From the moments of planes, weight and bias to a factor and a summand per channel, `[2, C]`, for `x − mean`.
+///
+/// Of the summand the mean's part is kept aside, as the centre of the map: it is `bias` here, and moves with the mean.
 #[derive(Clone, Debug)]
-struct BatchNorm {
-    mean: Arc<[f32]>,
-    var: Arc<[f32]>,
+struct Normalize {
+    mean: Vec<f64>,
+    var: Vec<f64>,
     eps: f64,
 }
 
-impl BatchNorm {
+impl Normalize {
+    /// Planes have equally many pixels, so that their moments join without weights (Chan et al. 1983).
+    fn new(moments: &[f32], channels: usize, eps: f64) -> Self {
+        let rows = || moments.chunks_exact(2 * channels);
+        let n = (moments.len() / (2 * channels)) as f64;
+        let mean: Vec<_> = (0..channels)
+            .map(|channel| rows().map(|row| f64::from(row[channel])).sum::<f64>() / n)
+            .collect();
+        let var = (0..channels).map(|channel| {
+            let squares = rows().map(|row| {
+                f64::from(row[channels + channel]) + (f64::from(row[channel]) - mean[channel]).powi(2)
+            });
+            squares.sum::<f64>() / n
+        });
+        Self {
+            var: var.collect(),
+            mean,
+            eps,
+        }
+    }
+
     /// `1/√(var + eps)` of a channel.
     fn inverse_deviation(&self, channel: usize) -> f64 {
-        1.0 / (f64::from(self.var[channel]) + self.eps).sqrt()
+        1.0 / (self.var[channel] + self.eps).sqrt()
     }
 }
 
-impl Function<3> for BatchNorm {
-    type Saved = (FlexTensor, Vec<f32>);
+impl Function<3> for Normalize {
+    /// Moments and weight.
+    type Saved = [FlexTensor; 2];
 
-    fn forward(&self, [x, weight, bias]: [FlexTensor; 3]) -> (FlexTensor, Self::Saved) {
-        let weight = values(&weight).to_vec();
-        let (scale, shift): (Vec<_>, Vec<_>) = values(&bias)
-            .iter()
-            .enumerate()
-            .map(|(channel, bias)| {
-                let scale = self.inverse_deviation(channel) * f64::from(weight[channel]);
-                (
-                    scale as f32,
-                    (f64::from(*bias) - scale * f64::from(self.mean[channel])) as f32,
-                )
-            })
-            .unzip();
-        (scale_shift(&x, &scale, &shift), (x, weight))
+    fn forward(&self, [moments, weight, bias]: [FlexTensor; 3]) -> (FlexTensor, Self::Saved) {
+        let scales = values(&weight).iter().enumerate();
+        let scales =
+            scales.map(|(channel, weight)| (f64::from(*weight) * self.inverse_deviation(channel)) as f32);
+        let coefficients: Vec<_> = scales.chain(values(&bias).iter().copied()).collect();
+        let channels = self.mean.len();
+        (small_tensor(&coefficients, [2, channels]), [moments, weight])
     }
 
-    /// With `x̂ = (x − mean)·r`, `r = 1/√(var + eps)` and means over the batch:
-    /// `dx = w·r·(dy − mean(dy) − x̂·mean(dy·x̂))`.
-    fn backward(&self, (x, weight): Self::Saved, dy: FlexTensor, _: [bool; 3]) -> [Option<FlexTensor>; 3] {
-        let [n, blocks, h, w, _] = dims(&x);
-        let (planes, channels, count) = (n * blocks, weight.len(), (n * h * w) as f64);
-        let inputs = [values(&x), values(&dy)];
-        let op = pointwise::NormalizationSums {};
-        let (_, sums) = pointwise(Isa::best(), op, planes, inputs, [&padded(&self.mean)]);
-        let [gradients, products] = sums.map(|sums| over_pictures(&sums, channels));
-        let mut weights = vec![0.0; channels];
-        let mut constants = [(); 3].map(|()| vec![0.0; blocks * BLOCK]);
+    /// With `r = 1/√(var + eps)`, `scale = weight · r` and `shift = bias − (mean − centre) · scale` at `mean = centre`.
+    fn backward(
+        &self,
+        [moments, weight]: Self::Saved,
+        dy: FlexTensor,
+        _: [bool; 3],
+    ) -> [Option<FlexTensor>; 3] {
+        let [n, _, channels] = dims(&moments);
+        let (dy, weight, means) = (values(&dy), values(&weight), values(&moments));
+        let (mut weights, mut through) = (vec![0.0; channels], vec![0.0; n * 2 * channels]);
         for channel in 0..channels {
-            let (r, mean) = (self.inverse_deviation(channel), f64::from(self.mean[channel]));
-            let product = f64::from(products[channel]) * r; // Σ dy·x̂
-            let scale = f64::from(weight[channel]) * r;
-            let along_x = -scale * r * product / count;
-            weights[channel] = product as f32;
-            constants[0][channel] = scale as f32;
-            constants[1][channel] = along_x as f32;
-            constants[2][channel] = (-scale * f64::from(gradients[channel]) / count - along_x * mean) as f32;
+            let (scale, shift) = (f64::from(dy[channel]), f64::from(dy[channels + channel]));
+            let (r, w) = (self.inverse_deviation(channel), f64::from(weight[channel]));
+            weights[channel] = (scale * r) as f32;
+            let mean = -shift * w * r / n as f64;
+            let var = -0.5 * scale * w * r.powi(3) / n as f64;
+            for row in 0..n {
+                let at = row * 2 * channels + channel;
+                let distance = f64::from(means[at]) - self.mean[channel];
+                through[at] = (mean + 2.0 * var * distance) as f32;
+                through[at + channels] = var as f32;
+            }
         }
-        let constants = constants.each_ref().map(Vec::as_slice);
-        let (dx, []) = pointwise(
-            Isa::best(),
-            pointwise::NormalizationGradient {},
-            planes,
-            inputs,
-            constants,
-        );
-        let [weights, biases] = [weights, gradients].map(|values| Some(small_tensor(&values, [channels])));
-        [Some(tensor(dx, dims::<5>(&x))), weights, biases]
+        [
+            Some(small_tensor(&through, [n, 2, channels])),
+            Some(small_tensor(&weights, [channels])),
+            Some(small_tensor(&dy[channels..], [channels])),
+        ]
     }
 }
 

@@ -71,16 +71,10 @@ pub(crate) fn conv2d(x: Tensor<5>, weight: Tensor<4>, options: Conv2dOptions) ->
     block(module::conv2d(x, weight, None, options), b)
 }
 
-/// The factor per picture and output channel that gives a modulated convolution unit variance, `[N, O]`.
-pub(crate) fn demodulation(weight: Tensor<4>, style: Tensor<2>) -> Tensor<2> {
+/// The sum of squares of each pair of channels, `[O, I]`.
+pub(crate) fn energy(weight: Tensor<4>) -> Tensor<2> {
     let [o, i, _, _] = weight.dims();
-    let energy = weight.square().sum_dims(&[2, 3]).reshape([o, i]); // [O, I]
-    style
-        .square()
-        .matmul(energy.transpose())
-        .add_scalar(1e-8)
-        .sqrt()
-        .recip() // [N, O]
+    weight.square().sum_dims(&[2, 3]).reshape([o, i])
 }
 
 pub(crate) fn add_bias(x: Tensor<5>, bias: Tensor<1>) -> Tensor<5> {

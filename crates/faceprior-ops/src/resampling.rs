@@ -31,7 +31,7 @@ pub fn max_pool2d(x: FeatureMap, kernel: usize, stride: usize, ceil_mode: bool) 
 pub fn subsample(x: FeatureMap, stride: usize) -> FeatureMap {
     match stride {
         1 => x,
-        _ if x.is_blocked() => x.map(|x| apply1(Subsample { stride }, x)),
+        _ if x.is_blocked() => x.filter(|x| apply1(Subsample { stride }, x)),
         _ => x.map(|x| reference::subsample(x, stride)),
     }
 }
@@ -39,7 +39,7 @@ pub fn subsample(x: FeatureMap, stride: usize) -> FeatureMap {
 /// Doubles height and width: nearest neighbour, then the FIR filter [1, 3, 3, 1]⊗[1, 3, 3, 1]/64, borders replicated.
 pub fn upsample_smooth(x: FeatureMap) -> FeatureMap {
     if x.is_blocked() {
-        x.map(|x| apply1(Smooth::Up, x))
+        x.filter(|x| apply1(Smooth::Up, x))
     } else {
         x.map(reference::upsample_smooth)
     }
@@ -49,7 +49,7 @@ pub fn upsample_smooth(x: FeatureMap) -> FeatureMap {
 /// every second pixel.
 pub fn downsample_smooth(x: FeatureMap) -> FeatureMap {
     if x.is_blocked() {
-        x.map(|x| apply1(Smooth::Down, x))
+        x.filter(|x| apply1(Smooth::Down, x))
     } else {
         x.map(reference::downsample_smooth)
     }

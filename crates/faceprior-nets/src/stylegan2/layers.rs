@@ -173,24 +173,27 @@ impl EqualizedConv {
 
     /// `[N, I, H, W]` → `[N, O, H, W]`.
     pub fn forward(&self, x: FeatureMap) -> FeatureMap {
-        let (weight, options) = self.scaled_weight();
-        ops::bias_activation(ops::conv2d(x, weight, options), self.bias(), self.after())
+        let (weight, options, gain) = self.convolution();
+        let y = ops::conv2d(x, weight, options).mul_scalar(gain);
+        ops::bias_activation(y, self.bias(), self.after())
     }
 
     /// [`forward`](Self::forward) with a tangent.
     pub fn forward_dual(&self, x: Dual<FeatureMap>) -> Dual<FeatureMap> {
-        let (weight, options) = self.scaled_weight();
-        dual::bias_activation(dual::conv2d(x, weight, options), self.bias(), self.after())
+        let (weight, options, gain) = self.convolution();
+        let y = dual::mul_scalar(dual::conv2d(x, weight, options), gain);
+        dual::bias_activation(y, self.bias(), self.after())
     }
 
-    fn scaled_weight(&self) -> (Tensor<4>, Conv2dOptions) {
+    /// The weight as it is stored, and the factor √(1/(I·k²)) that the output gets instead of the weight.
+    fn convolution(&self) -> (Tensor<4>, Conv2dOptions, f32) {
         let weight = self.weight.val();
         let [_, i, k, _] = weight.dims();
-        let options = Conv2dOptions {
-            padding: k / 2,
-            ..Conv2dOptions::default()
-        };
-        (weight.mul_scalar(((i * k * k) as f32).sqrt().recip()), options)
+        (
+            weight,
+            Conv2dOptions::same(k),
+            ((i * k * k) as f32).sqrt().recip(),
+        )
     }
 
     fn bias(&self) -> Option<Tensor<1>> {

@@ -7,7 +7,7 @@ use faceprior_nets::init::Init;
 use faceprior_nets::irse::{Depth, RecognizerConfig, beside_average};
 use faceprior_nets::layers::Mode;
 
-use super::{assert_close, assert_gradient_norms, names, read};
+use super::{assert_close, assert_gradient_norms, compare_gradient_norms, names, on_the_goldens_side, read};
 
 /// Relative errors that are allowed.
 #[derive(Clone, Copy)]
@@ -75,39 +75,30 @@ pub(crate) fn recognizer_34_in_training(device: &Device, tolerance: Tolerance) {
         output_dropout: 0.0,
         ..RecognizerConfig::from_encoder(Depth::D34)
     };
-    let recognizer = fill(config.init(&mut Init::new(0, device)), "g.encoder.");
-    let images = input("g.input.train", [4, 6, 112, 112], 1.0, device);
-    let embedding = recognizer.forward(images, Mode::Train);
-    let close = tolerance.output;
-    assert_close(
-        "training",
-        embedding.clone(),
-        &golden,
-        "restyle34.train_embedding",
-        close,
-    );
-
-    let norm = &recognizer.input_layer.1;
-    assert_close(
-        "running mean",
-        norm.running_mean.get(),
-        &golden,
-        "restyle34.train_running_mean_0",
-        close,
-    );
-    assert_close(
-        "running variance",
-        norm.running_var.get(),
-        &golden,
-        "restyle34.train_running_var_0",
-        close,
-    );
-
-    let cotangent: Tensor<2> = input("g.cotangent4", [4, 512], 1.0, device);
-    let gradients = (embedding * cotangent).sum().backward();
-    let expected = (&golden, "restyle34.train_grad_norm".to_owned());
-    let names = names("restyle34.param_names");
-    assert_gradient_norms("training", &recognizer, &gradients, expected, &names, tolerance);
+    on_the_goldens_side(1e-6, device, |moved| {
+        let recognizer = fill(config.init(&mut Init::new(0, device)), "g.encoder.");
+        let images = moved(input("g.input.train", [4, 6, 112, 112], 1.0, device));
+        let embedding = recognizer.forward(images, Mode::Train);
+        let norm = &recognizer.input_layer.1;
+        let close = |what: &str, got, key: &str| {
+            let key = format!("restyle34.train_{key}");
+            assert_close::<1>(what, got, &golden, &key, tolerance.output);
+        };
+        close("running mean", norm.running_mean.get(), "running_mean_0");
+        close("running variance", norm.running_var.get(), "running_var_0");
+        assert_close(
+            "training",
+            embedding.clone(),
+            &golden,
+            "restyle34.train_embedding",
+            tolerance.output,
+        );
+        let cotangent: Tensor<2> = input("g.cotangent4", [4, 512], 1.0, device);
+        let gradients = (embedding * cotangent).sum().backward();
+        let expected = (&golden, "restyle34.train_grad_norm".to_owned());
+        let names = names("restyle34.param_names");
+        compare_gradient_norms("training", &recognizer, &gradients, expected, &names, tolerance)
+    });
 }
 
 /// Evaluation of face.evoLVe's form. `net` as in the goldens.

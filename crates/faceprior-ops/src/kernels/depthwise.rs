@@ -1,16 +1,17 @@
 //! Depthwise convolution: each channel of the output from the same channel of the input.
 
-use super::direct::{Geometry, pad};
+use super::direct::{Geometry, source};
 use super::lanes::{Isa, Kernel, Lanes};
+use super::load::Load;
 use super::{BLOCK, Shared, parallel};
 use crate::pool::Buffer;
 
 /// The convolution of `x` `[N, ⌈C/16⌉, H, W, 16]` with `weight` `[C, 1, kh, kw]`.
-pub(crate) fn forward(isa: Isa, g: Geometry, x: &[f32], weight: &[f32], y: &mut [f32]) {
+pub(crate) fn forward(isa: Isa, g: Geometry, x: &[f32], load: Option<Load>, weight: &[f32], y: &mut [f32]) {
     let [oh, ow] = g.outputs();
     let (planes, to) = (g.n * g.in_blocks(), oh * ow * BLOCK);
     assert_eq!((x.len(), y.len()), (planes * g.h * g.w * BLOCK, planes * to));
-    let source = pad(x, g.h, g.w, [g.padding; 2], [g.padding; 2]);
+    let source = source(isa, x, load, [g.h, g.w], [g.padding; 2], [g.padding; 2]);
     let weight = pack(g, weight);
     let y = Shared::new(y);
     parallel(planes, |index| {
@@ -65,12 +66,19 @@ pub(crate) fn data_gradient(isa: Isa, g: Geometry, dy: &[f32], weight: &[f32], d
 }
 
 /// The gradient of the weight, `dw` `[C, 1, kh, kw]`, from the input and the gradient of the output.
-pub(crate) fn weight_gradient(isa: Isa, g: Geometry, x: &[f32], dy: &[f32], dw: &mut [f32]) {
+pub(crate) fn weight_gradient(
+    isa: Isa,
+    g: Geometry,
+    x: &[f32],
+    load: Option<Load>,
+    dy: &[f32],
+    dw: &mut [f32],
+) {
     let [oh, ow] = g.outputs();
     let (planes, from, size) = (g.n * g.in_blocks(), oh * ow * BLOCK, g.taps() * BLOCK);
     assert_eq!((x.len(), dy.len()), (planes * g.h * g.w * BLOCK, planes * from));
     assert_eq!(dw.len(), g.i * g.taps());
-    let source = pad(x, g.h, g.w, [g.padding; 2], [g.padding; 2]);
+    let source = source(isa, x, load, [g.h, g.w], [g.padding; 2], [g.padding; 2]);
     let mut sums = Buffer::take(planes * size);
     let shared = Shared::new(&mut sums);
     parallel(planes, |index| {
@@ -278,7 +286,7 @@ mod tests {
                 let (blocked_x, blocked_dy) = (block(&x, n, c, h * w), block(&dy, n, c, oh * ow));
 
                 let mut y = vec![f32::NAN; blocked_dy.len()];
-                forward(isa, g, &blocked_x, &weight, &mut y);
+                forward(isa, g, &blocked_x, None, &weight, &mut y);
                 let error = relative_rms(&unblock(&y, n, c, oh * ow), &naive_forward(g, &x, &full));
                 assert!(error < BOUND, "{isa:?} {g:?}: forward is off by {error:.1e}");
 
@@ -292,7 +300,7 @@ mod tests {
                 );
 
                 let mut dw = vec![f32::NAN; weight.len()];
-                weight_gradient(isa, g, &blocked_x, &blocked_dy, &mut dw);
+                weight_gradient(isa, g, &blocked_x, None, &blocked_dy, &mut dw);
                 let exact: Vec<_> = (0..c)
                     .flat_map(|channel| exact_dw[channel * (c + 1) * g.taps()..][..g.taps()].to_vec())
                     .collect();

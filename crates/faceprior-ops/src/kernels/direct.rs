@@ -2,9 +2,11 @@
 //!
 //! Rows of the product are neighbouring pixels, columns are output channels, and the inner dimension runs over the
 //! kernel's taps and the input channels: nothing is unrolled in memory, the register tile finds each tap's pixels by
-//! an offset. Borders are copied once around the input, so that no inner loop asks where it is.
+//! an offset. Borders are copied once around the input, so that no inner loop asks where it is; what the input goes
+//! through on its way is done in the same copy.
 
 use super::lanes::{Isa, Kernel, Lanes};
+use super::load::{AsIs, Load, Read};
 use super::tile::{Runs, Strides, multiply};
 use super::weights::{Columns, WeightShape, WeightTile};
 use super::{BLOCK, Shared, parallel};
@@ -65,17 +67,17 @@ impl Geometry {
     }
 }
 
-/// Planes of blocked pixels, with a border of zeros if one was asked for.
-pub(super) struct Padded<'a> {
+/// Planes of blocked pixels as a kernel reads them: within a border of zeros, [`Load`] applied.
+pub(super) struct Source<'a> {
     x: &'a [f32],
-    padded: Option<Buffer>,
+    copy: Option<Buffer>,
     pub(super) h: usize,
     pub(super) w: usize,
 }
 
-impl Padded<'_> {
+impl Source<'_> {
     pub(super) fn values(&self) -> &[f32] {
-        self.padded.as_deref().unwrap_or(self.x)
+        self.copy.as_deref().unwrap_or(self.x)
     }
 
     pub(super) fn plane(&self) -> usize {
@@ -83,61 +85,115 @@ impl Padded<'_> {
     }
 }
 
-/// Wraps `before` and `after` rows and columns of zeros around each plane.
-pub(super) fn pad(x: &[f32], h: usize, w: usize, before: [usize; 2], after: [usize; 2]) -> Padded<'_> {
+/// Reads planes of `h`×`w` pixels once and wraps `before` and `after` rows and columns of zeros around each; where
+/// there is nothing to do, the planes stay where they are.
+pub(super) fn source<'a>(
+    isa: Isa,
+    x: &'a [f32],
+    load: Option<Load>,
+    [h, w]: [usize; 2],
+    before: [usize; 2],
+    after: [usize; 2],
+) -> Source<'a> {
     let (padded_h, padded_w) = (before[0] + h + after[0], before[1] + w + after[1]);
-    if (padded_h, padded_w) == (h, w) {
-        return Padded {
-            x,
-            padded: None,
-            h,
-            w,
-        };
+    if load.is_none() && (padded_h, padded_w) == (h, w) {
+        return Source { x, copy: None, h, w };
     }
     let planes = x.len() / (h * w * BLOCK);
-    let (plane, padded_plane) = (h * w * BLOCK, padded_h * padded_w * BLOCK);
-    let mut padded = Buffer::take(planes * padded_plane);
-    let to = Shared::new(&mut padded);
-    parallel(planes, |index| {
-        // SAFETY: each task writes the plane of its index.
-        let to = unsafe { std::slice::from_raw_parts_mut(to.at(index * padded_plane), padded_plane) };
-        let from = &x[index * plane..(index + 1) * plane];
-        let row = w * BLOCK;
-        let mut filled = 0;
-        for (y, from) in from.chunks_exact(row).enumerate() {
-            let start = ((before[0] + y) * padded_w + before[1]) * BLOCK;
-            to[filled..start].fill(0.0);
-            to[start..start + row].copy_from_slice(from);
-            filled = start + row;
-        }
-        to[filled..].fill(0.0);
+    let mut copy = Buffer::take(planes * padded_h * padded_w * BLOCK);
+    let to = Shared::new(&mut copy);
+    parallel(planes, |plane| {
+        isa.run(CopyPlane {
+            x,
+            load,
+            plane,
+            size: [h, w],
+            before,
+            padded: [padded_h, padded_w],
+            to,
+        });
     });
-    Padded {
+    Source {
         x,
-        padded: Some(padded),
+        copy: Some(copy),
         h: padded_h,
         w: padded_w,
     }
 }
 
-/// Weights as columns of the product, `[group of column blocks][block of the inner side][tap][lane][blocks·16]`.
-///
-/// A convolution's columns are output channels, its data gradient's are input channels. With a single block on the
-/// inner side only its real channels are kept, so that three colours cost three terms and not sixteen.
-struct Panels {
-    values: Buffer,
-    /// Channels of one run of the inner dimension.
-    length: usize,
+/// One plane of a [`Source`].
+struct CopyPlane<'a> {
+    x: &'a [f32],
+    load: Option<Load<'a>>,
+    plane: usize,
+    size: [usize; 2],
+    before: [usize; 2],
+    padded: [usize; 2],
+    to: Shared,
 }
 
-/// Packs one side of a weight as columns.
-fn pack(isa: Isa, weight: &[f32], shape: WeightShape, side: Columns) -> Panels {
+impl CopyPlane<'_> {
+    /// # Safety
+    /// The processor has the instructions of `L`; `to` is this task's plane.
+    #[inline(always)]
+    unsafe fn copy<L: Lanes>(&self, values: impl Read<L>, to: *mut f32) {
+        let ([h, w], [padded_h, padded_w]) = (self.size, self.padded);
+        let from = self.x.as_ptr().wrapping_add(self.plane * h * w * BLOCK);
+        // SAFETY: the caller's promise; the rows of the plane and the zeros between them fill the padded plane.
+        unsafe {
+            let mut filled = 0;
+            for y in 0..h {
+                let start = (self.before[0] + y) * padded_w + self.before[1];
+                for zero in filled..start {
+                    L::zero().store(to.wrapping_add(zero * BLOCK));
+                }
+                for x in 0..w {
+                    let value = values.read(from.wrapping_add((y * w + x) * BLOCK));
+                    value.store(to.wrapping_add((start + x) * BLOCK));
+                }
+                filled = start + w;
+            }
+            for zero in filled..padded_h * padded_w {
+                L::zero().store(to.wrapping_add(zero * BLOCK));
+            }
+        }
+    }
+}
+
+impl Kernel for CopyPlane<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let [padded_h, padded_w] = self.padded;
+        let to = self.to.at(self.plane * padded_h * padded_w * BLOCK);
+        // SAFETY: the caller promises the instructions; each task writes the plane of its index.
+        unsafe {
+            match self.load {
+                Some(load) => self.copy::<L>(load.plane::<L>(self.plane), to),
+                None => self.copy::<L>(AsIs, to),
+            }
+        }
+    }
+}
+
+/// Channels of one run of the inner dimension. With a single block on the inner side only its real channels are kept,
+/// so that three colours cost three terms and not sixteen.
+fn run_length(inner: usize) -> usize {
+    inner.min(BLOCK)
+}
+
+/// Weights as columns of the product, `[group of column blocks][block of the inner side][tap][lane][blocks·16]`.
+///
+/// A convolution's columns are output channels, its data gradient's are input channels.
+fn pack(isa: Isa, weight: &[f32], shape: WeightShape, side: Columns) -> Buffer {
     let (columns, inner) = side.sides(shape);
+    assert_eq!(weight.len(), columns * inner * shape.taps);
     let (column_blocks, inner_blocks) = (columns.div_ceil(BLOCK), inner.div_ceil(BLOCK));
-    let length = if inner_blocks == 1 { inner } else { BLOCK };
+    let length = run_length(inner);
     let rows = inner_blocks * shape.taps * length;
-    let mut values = Buffer::take(column_blocks * BLOCK * rows);
-    let to = Shared::new(&mut values);
+    let mut panels = Buffer::take(column_blocks * BLOCK * rows);
+    let to = Shared::new(&mut panels);
     parallel(column_blocks * inner_blocks, |task| {
         let (column_block, inner_block) = (task / inner_blocks, task % inner_blocks);
         isa.run(PackBlock {
@@ -150,7 +206,7 @@ fn pack(isa: Isa, weight: &[f32], shape: WeightShape, side: Columns) -> Panels {
             inner_block,
         });
     });
-    Panels { values, length }
+    panels
 }
 
 /// Sixteen columns of sixteen channels.
@@ -206,15 +262,30 @@ fn rows_per_task(rows: usize, other_tasks: usize) -> usize {
     rows.div_ceil(wanted.min(rows))
 }
 
-/// The convolution of `x` `[N, ⌈I/16⌉, H, W, 16]` with `weight` `[O, I, kh, kw]`.
-pub(crate) fn forward(isa: Isa, geometry: Geometry, x: &[f32], weight: &[f32], y: &mut [f32]) {
+/// The weight of a convolution, `[O, I, kh, kw]`, as [`forward`] reads it.
+pub(crate) fn prepare(isa: Isa, geometry: Geometry, weight: &[f32]) -> Buffer {
+    pack(isa, weight, geometry.weight(), Columns::Outputs)
+}
+
+/// The convolution of `x` `[N, ⌈I/16⌉, H, W, 16]` with a prepared weight.
+pub(crate) fn forward(
+    isa: Isa,
+    geometry: Geometry,
+    x: &[f32],
+    load: Option<Load>,
+    panels: &[f32],
+    y: &mut [f32],
+) {
     let g = geometry.flattened();
     let [oh, ow] = g.outputs();
     assert_eq!(x.len(), g.n * g.in_blocks() * g.h * g.w * BLOCK);
     assert_eq!(y.len(), g.n * g.out_blocks() * oh * ow * BLOCK);
-    assert_eq!(weight.len(), g.o * g.i * g.taps());
-    let source = pad(x, g.h, g.w, [g.padding; 2], [g.padding; 2]);
-    let panels = pack(isa, weight, g.weight(), Columns::Outputs);
+    let source = source(isa, x, load, [g.h, g.w], [g.padding; 2], [g.padding; 2]);
+    let length = run_length(g.i);
+    assert_eq!(
+        panels.len(),
+        g.out_blocks() * BLOCK * g.in_blocks() * g.taps() * length
+    );
     let taps: Vec<_> = (0..g.taps())
         .map(|tap| (tap, (tap / g.kernel[1] * source.w + tap % g.kernel[1]) * BLOCK))
         .collect();
@@ -224,7 +295,8 @@ pub(crate) fn forward(isa: Isa, geometry: Geometry, x: &[f32], weight: &[f32], y
         source_plane: source.plane(),
         source_row: g.stride * source.w * BLOCK,
         source_pixel: g.stride * BLOCK,
-        panels: &panels,
+        panels,
+        length,
         taps: &taps,
         num_taps: g.taps(),
         y: Shared::new(y),
@@ -248,7 +320,6 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
     let [oh, ow] = g.outputs();
     assert_eq!(dy.len(), g.n * g.out_blocks() * oh * ow * BLOCK);
     assert_eq!(dx.len(), g.n * g.in_blocks() * g.h * g.w * BLOCK);
-    assert_eq!(weight.len(), g.o * g.i * g.taps());
     let [kh, kw] = g.kernel;
     let s = g.stride;
     // Input row s·m + phase takes output row m + distance through a tap, where the division is exact.
@@ -271,7 +342,7 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
         (before as usize, after as usize)
     };
     let ((top, bottom), (left, right)) = (borders(kh, g.h, oh), borders(kw, g.w, ow));
-    let source = pad(dy, oh, ow, [top, left], [bottom, right]);
+    let source = source(isa, dy, None, [oh, ow], [top, left], [bottom, right]);
     let panels = pack(isa, weight, g.weight(), Columns::Inputs);
     let dx = Shared::new(dx);
     for phase_y in 0..s.min(g.h) {
@@ -290,6 +361,7 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
                 source_row: source.w * BLOCK,
                 source_pixel: BLOCK,
                 panels: &panels,
+                length: run_length(g.o),
                 taps: &taps,
                 num_taps: g.taps(),
                 y: dx,
@@ -315,7 +387,9 @@ struct Product<'a> {
     source_plane: usize,
     source_row: usize,
     source_pixel: usize,
-    panels: &'a Panels,
+    panels: &'a [f32],
+    /// Source channels of one run.
+    length: usize,
     /// Index into the panels and offset into a source plane of each tap that takes part.
     taps: &'a [(usize, usize)],
     num_taps: usize,
@@ -381,7 +455,7 @@ impl Kernel for ProductTask<'_> {
             pixels,
         } = self;
         let blocks = L::TILE_BLOCKS.min(p.blocks - group * L::TILE_BLOCKS);
-        let (width, length) = (blocks * BLOCK, p.panels.length);
+        let (width, length) = (blocks * BLOCK, p.length);
         let offsets: Vec<_> = (0..p.source_blocks)
             .flat_map(|block| p.taps.iter().map(move |tap| (block, *tap)))
             .map(|(block, (tap, offset))| {
@@ -411,7 +485,7 @@ impl Kernel for ProductTask<'_> {
                 .source
                 .as_ptr()
                 .wrapping_add(picture * p.source_blocks * p.source_plane);
-            let b = p.panels.values.as_ptr().wrapping_add(group_start);
+            let b = p.panels.as_ptr().wrapping_add(group_start);
             let first_plane = (picture * p.blocks + group * L::TILE_BLOCKS) * p.plane;
             for row in rows {
                 let a = source.wrapping_add(row * p.source_row + pixels.start * p.source_pixel);
@@ -433,13 +507,20 @@ const MAX_SUM_FLOATS: usize = 16 << 20;
 const CHUNK_PIXELS: usize = 128;
 
 /// The gradient of the weight, `dw` `[O, I, kh, kw]`, from the input and the gradient of the output.
-pub(crate) fn weight_gradient(isa: Isa, geometry: Geometry, x: &[f32], dy: &[f32], dw: &mut [f32]) {
+pub(crate) fn weight_gradient(
+    isa: Isa,
+    geometry: Geometry,
+    x: &[f32],
+    load: Option<Load>,
+    dy: &[f32],
+    dw: &mut [f32],
+) {
     let g = geometry.flattened();
     let [oh, ow] = g.outputs();
     assert_eq!(x.len(), g.n * g.in_blocks() * g.h * g.w * BLOCK);
     assert_eq!(dy.len(), g.n * g.out_blocks() * oh * ow * BLOCK);
     assert_eq!(dw.len(), g.o * g.i * g.taps());
-    let source = pad(x, g.h, g.w, [g.padding; 2], [g.padding; 2]);
+    let source = source(isa, x, load, [g.h, g.w], [g.padding; 2], [g.padding; 2]);
 
     // Sums are `[part][tap][input][output]`. The parts depend on the shape alone, not on the number of threads.
     let inputs = if g.in_blocks() == 1 {
@@ -670,7 +751,7 @@ mod tests {
                 let (blocked_x, blocked_dy) = (block(&x, n, i, h * w), block(&dy, n, o, oh * ow));
 
                 let mut y = vec![f32::NAN; n * o.next_multiple_of(BLOCK) * oh * ow];
-                forward(isa, g, &blocked_x, &weight, &mut y);
+                forward(isa, g, &blocked_x, None, &prepare(isa, g, &weight), &mut y);
                 let error = relative_rms(&unblock(&y, n, o, oh * ow), &naive_forward(g, &x, &weight));
                 assert!(error < BOUND, "{isa:?} {g:?}: forward is off by {error:.1e}");
 
@@ -684,7 +765,7 @@ mod tests {
                 );
 
                 let mut dw = vec![f32::NAN; weight.len()];
-                weight_gradient(isa, g, &blocked_x, &blocked_dy, &mut dw);
+                weight_gradient(isa, g, &blocked_x, None, &blocked_dy, &mut dw);
                 let error = relative_rms(&dw, &exact_dw);
                 assert!(
                     error < BOUND,
@@ -717,9 +798,16 @@ mod tests {
                 .expect("a thread pool");
             pool.install(|| {
                 let (mut y, mut dx, mut dw) = (dy.clone(), x.clone(), weight.clone());
-                forward(Isa::best(), g, &x, &weight, &mut y);
+                forward(
+                    Isa::best(),
+                    g,
+                    &x,
+                    None,
+                    &prepare(Isa::best(), g, &weight),
+                    &mut y,
+                );
                 data_gradient(Isa::best(), g, &dy, &weight, &mut dx);
-                weight_gradient(Isa::best(), g, &x, &dy, &mut dw);
+                weight_gradient(Isa::best(), g, &x, None, &dy, &mut dw);
                 (y, dx, dw)
             })
         });

@@ -10,7 +10,7 @@ pub(crate) mod depthwise;
 pub(crate) mod direct;
 pub(crate) mod lanes;
 pub(crate) mod layout;
-pub(crate) mod noise;
+pub(crate) mod load;
 pub(crate) mod pointwise;
 pub(crate) mod resample;
 #[cfg(test)]

@@ -16,10 +16,17 @@ pub(crate) trait Op<const INPUTS: usize, const CONSTANTS: usize, const SUMS: usi
     /// Whether the value is kept, or only the sums.
     const WRITES: bool = true;
 
+    /// The operation on the plane of an index.
+    #[inline(always)]
+    fn on_plane(self, _index: usize) -> Self {
+        self
+    }
+
     /// # Safety
-    /// The processor must have the instructions of `L`.
+    /// The processor must have the instructions of `L`; `pixel` is a pixel of the plane.
     unsafe fn apply<L: Lanes>(
         self,
+        pixel: usize,
         inputs: [L; INPUTS],
         constants: [L; CONSTANTS],
         sums: &mut [L; SUMS],
@@ -41,15 +48,61 @@ where
     O: Op<INPUTS, CONSTANTS, SUMS>,
 {
     let length = inputs[0].len();
-    assert!(inputs.iter().all(|input| input.len() == length) && length.is_multiple_of(planes * BLOCK));
+    assert!(inputs.iter().all(|input| input.len() == length));
+    let mut y = Buffer::take(if O::WRITES { length } else { 0 });
+    let to = Shared::new(&mut y);
+    let inputs = inputs.map(|input| Source(input.as_ptr()));
+    let sums = run(isa, op, planes, length, inputs, constants, to);
+    (y, sums)
+}
+
+/// [`pointwise`] of two maps, the second of which is overwritten by the result.
+pub(crate) fn pointwise_in_place<O, const CONSTANTS: usize, const SUMS: usize>(
+    isa: Isa,
+    op: O,
+    planes: usize,
+    x: &[f32],
+    y: &mut [f32],
+    constants: [&[f32]; CONSTANTS],
+) -> [Vec<f32>; SUMS]
+where
+    O: Op<2, CONSTANTS, SUMS>,
+{
+    assert_eq!(x.len(), y.len());
+    let to = Shared::new(y);
+    let inputs = [Source(x.as_ptr()), Source(to.at(0))];
+    run(isa, op, planes, x.len(), inputs, constants, to)
+}
+
+/// A map that is read, and perhaps written by the same task after it is read.
+#[derive(Clone, Copy)]
+struct Source(*const f32);
+
+// SAFETY: `Source` only carries the address to the tasks, each of which reads the planes that it alone may write.
+unsafe impl Send for Source {}
+// SAFETY: as above.
+unsafe impl Sync for Source {}
+
+fn run<O, const INPUTS: usize, const CONSTANTS: usize, const SUMS: usize>(
+    isa: Isa,
+    op: O,
+    planes: usize,
+    length: usize,
+    inputs: [Source; INPUTS],
+    constants: [&[f32]; CONSTANTS],
+    to: Shared,
+) -> [Vec<f32>; SUMS]
+where
+    O: Op<INPUTS, CONSTANTS, SUMS>,
+{
+    assert!(length.is_multiple_of(planes * BLOCK));
     assert!(
         constants
             .iter()
             .all(|constant| (planes * BLOCK).is_multiple_of(constant.len()))
     );
-    let mut y = Buffer::take(if O::WRITES { length } else { 0 });
     let mut sums = [(); SUMS].map(|()| vec![0.0; planes * BLOCK]);
-    let (to, totals) = (Shared::new(&mut y), sums.each_mut().map(|sums| Shared::new(sums)));
+    let totals = sums.each_mut().map(|sums| Shared::new(sums));
     // Small planes, as of 7×7 pixels, go several to a task; the order of sums stays that of one plane.
     let plane = length / planes;
     let task_planes = (TASK_FLOATS / plane).clamp(1, planes);
@@ -66,7 +119,7 @@ where
             });
         }
     });
-    (y, sums)
+    sums
 }
 
 const TASK_FLOATS: usize = 16 << 10;
@@ -77,7 +130,7 @@ struct Plane<'a, O, const INPUTS: usize, const CONSTANTS: usize, const SUMS: usi
     op: O,
     index: usize,
     plane: usize,
-    inputs: [&'a [f32]; INPUTS],
+    inputs: [Source; INPUTS],
     constants: [&'a [f32]; CONSTANTS],
     to: Shared,
     totals: [Shared; SUMS],
@@ -101,9 +154,9 @@ where
             to,
             totals,
         } = self;
-        // SAFETY: the caller promises the instructions; `pointwise` has checked the lengths; tasks have planes of
-        // their own.
+        // SAFETY: the caller promises the instructions; lengths have been checked; tasks have planes of their own.
         unsafe {
+            let op = op.on_plane(index);
             let mut values = [L::zero(); CONSTANTS];
             for (value, constants) in values.iter_mut().zip(constants) {
                 *value = L::load(constants[index * BLOCK % constants.len()..].as_ptr());
@@ -114,9 +167,9 @@ where
                 for at in (first..plane.min(first + SUM_VECTORS * BLOCK)).step_by(BLOCK) {
                     let mut x = [L::zero(); INPUTS];
                     for (x, input) in x.iter_mut().zip(inputs) {
-                        *x = L::load(input.as_ptr().wrapping_add(index * plane + at));
+                        *x = L::load(input.0.wrapping_add(index * plane + at));
                     }
-                    let y = op.apply::<L>(x, values, &mut sums);
+                    let y = op.apply::<L>(at / BLOCK, x, values, &mut sums);
                     if O::WRITES {
                         y.store(to.at(index * plane + at));
                     }
@@ -229,7 +282,7 @@ macro_rules! op {
             $(const WRITES: bool = $writes;)?
 
             #[inline(always)]
-            unsafe fn apply<L: Lanes>(self, $x: [L; $inputs], $c: [L; $constants], $total: &mut [L; $sums]) -> L {
+            unsafe fn apply<L: Lanes>(self, _pixel: usize, $x: [L; $inputs], $c: [L; $constants], $total: &mut [L; $sums]) -> L {
                 let $self = self;
                 // SAFETY: the caller promises the instructions of `L`.
                 unsafe { $body }
@@ -243,26 +296,6 @@ op! {
     Add {} <2, 0, 0> |_op, [x, y], [], _| x.add(y)
 }
 op! {
-    /// `x · factor`.
-    MulScalar { factor: f32 } <1, 0, 0> |op, [x], [], _| x.mul(L::splat(op.factor))
-}
-op! {
-    /// `x · scale`.
-    Scale {} <1, 1, 0> |_op, [x], [scale], _| x.mul(scale)
-}
-op! {
-    /// `x · scale + shift`.
-    ScaleShift {} <1, 2, 0> |_op, [x], [scale, shift], _| x.mul_add(scale, shift)
-}
-op! {
-    /// Gradient of [`Scale`] and [`ScaleShift`]: `dy · scale`, and the sums of `dy · x` and `dy`.
-    ScaleShiftGradient {} <2, 1, 2> |_op, [x, dy], [scale], [products, gradients]| {
-        *products = dy.mul_add(x, *products);
-        *gradients = gradients.add(dy);
-        dy.mul(scale)
-    }
-}
-op! {
     /// The sum over a plane.
     Sum {} <1, 0, 1> writes false |_op, [x], [], [sum]| {
         *sum = sum.add(x);
@@ -270,47 +303,207 @@ op! {
     }
 }
 op! {
-    /// What batch normalisation's gradient needs of the batch: the sums of `dy` and of `dy · (x − mean)`.
-    NormalizationSums {} <2, 1, 2> writes false |_op, [x, dy], [mean], [gradients, products]| {
+    /// `x · scale + shift`.
+    ScaleShift {} <1, 2, 0> |_op, [x], [scale, shift], _| x.mul_add(scale, shift)
+}
+op! {
+    /// `x · scale + shift + y`.
+    ScaleShiftAdd {} <2, 2, 0> |_op, [x, y], [scale, shift], _| x.mul_add(scale, shift).add(y)
+}
+op! {
+    /// `ẋ · s + x · ṡ`.
+    ScaleTangent {} <2, 2, 0> |_op, [x, x_tangent], [s, s_tangent], _| x.mul_add(s_tangent, x_tangent.mul(s))
+}
+op! {
+    /// Gradient of [`ScaleShiftAdd`]: `dy · scale`, and the sums of `dy · (x − centre)` and `dy`.
+    ScaleShiftGradient {} <2, 2, 2> |_op, [x, dy], [scale, centre], [products, gradients]| {
+        *products = dy.mul_add(x.sub(centre), *products);
         *gradients = gradients.add(dy);
-        *products = dy.mul_add(x.sub(mean), *products);
-        dy
+        dy.mul(scale)
     }
 }
 op! {
-    /// Batch normalisation's gradient, `dy · a + x · b + c`.
-    NormalizationGradient {} <2, 3, 0> |_op, [x, dy], [a, b, c], _| dy.mul_add(a, x.mul_add(b, c))
+    /// `dy + x · a + b`, what moments add to a gradient.
+    AddScaleShift {} <2, 2, 0> |_op, [x, dy], [a, b], _| x.mul_add(a, dy.add(b))
 }
 op! {
-    /// Parametric ReLU.
-    Prelu {} <1, 1, 0> |_op, [x], [slope], _| x.select_greater(L::zero(), x, x.mul(slope))
-}
-op! {
-    /// Gradient of [`Prelu`], and the sum of the slope's.
-    PreluGradient {} <2, 1, 1> |_op, [x, dy], [slope], [slopes]| {
-        *slopes = dy.mul_add(x.min(L::zero()), *slopes);
-        x.select_greater(L::zero(), dy, dy.mul(slope))
-    }
-}
-op! {
-    /// Bias, leaky ReLU, gain, clamp.
-    BiasActivation { negative_slope: f32, gain: f32, limit: f32 } <1, 1, 0> |op, [x], [bias], _| {
-        let x = x.add(bias);
-        let leaky = x.select_greater(L::zero(), x, x.mul(L::splat(op.negative_slope))).mul(L::splat(op.gain));
+    /// `z = x · scale + shift`, then a slope below zero, a gain, a clamp.
+    Activation { gain: f32, limit: f32 } <1, 3, 0> |op, [x], [scale, shift, slope], _| {
+        let z = x.mul_add(scale, shift);
+        let leaky = z.select_greater(L::zero(), z, z.mul(slope)).mul(L::splat(op.gain));
         leaky.min(L::splat(op.limit)).max(L::splat(-op.limit))
     }
 }
 op! {
-    /// `dy` times the slope of [`BiasActivation`] at `x`, and its sum, the bias's gradient. The same is the tangent
-    /// of the activation, for a tangent of `x` in the place of `dy`.
-    BiasActivationSlope { negative_slope: f32, gain: f32, limit: f32 } <2, 1, 1> |op, [x, dy], [bias], [sum]| {
-        let x = x.add(bias);
-        let slope = x.select_greater(L::zero(), L::splat(op.gain), L::splat(op.gain * op.negative_slope));
-        let (y, limit) = (x.mul(slope), L::splat(op.limit));
+    /// `dy` times the slope of [`Activation`] at `x`: its tangent, for a tangent of `z` in the place of `dy`.
+    ActivationSlope { gain: f32, limit: f32 } <2, 3, 0> |op, [x, dy], [scale, shift, slope], _| {
+        let z = x.mul_add(scale, shift);
+        dy.mul(slope_at(z, slope, op.gain, op.limit))
+    }
+}
+op! {
+    /// Gradient of [`Activation`]: that of `x`, and the sums of those of scale (about a centre), shift and slope.
+    ActivationGradient { gain: f32, limit: f32 } <2, 4, 3>
+    |op, [x, dy], [scale, shift, slope, centre], [products, gradients, slopes]| {
+        let z = x.mul_add(scale, shift);
+        *slopes = dy.mul_add(z.min(L::zero()), *slopes);
+        let dz = dy.mul(slope_at(z, slope, op.gain, op.limit));
+        *products = dz.mul_add(x.sub(centre), *products);
+        *gradients = gradients.add(dz);
+        dz.mul(scale)
+    }
+}
+
+/// One value per pixel, shared by all channels: `[N or 1, pixels]`, for maps of `blocks` planes a picture.
+#[derive(Clone, Copy)]
+pub(crate) struct Noise<'a> {
+    values: &'a [f32],
+    blocks: usize,
+    pixels: usize,
+}
+
+impl<'a> Noise<'a> {
+    pub(crate) fn new(values: &'a [f32], blocks: usize, pixels: usize) -> Self {
+        assert!(values.len().is_multiple_of(pixels));
+        Self {
+            values,
+            blocks,
+            pixels,
+        }
+    }
+
+    /// That of the picture of a plane.
+    #[inline(always)]
+    fn on_plane(self, index: usize) -> Self {
+        let start = index / self.blocks * self.pixels % self.values.len();
+        Self {
+            values: &self.values[start..start + self.pixels],
+            ..self
+        }
+    }
+
+    /// # Safety
+    /// The processor must have the instructions of `L`; this is a picture's noise and `pixel` one of its pixels.
+    #[inline(always)]
+    unsafe fn at<L: Lanes>(self, pixel: usize) -> L {
+        // SAFETY: the caller's promise.
+        unsafe { L::broadcast(self.values.as_ptr().wrapping_add(pixel)) }
+    }
+}
+
+/// [`Activation`] of `z = x · scale + shift + noise · strength`.
+#[derive(Clone, Copy)]
+pub(crate) struct NoisyActivation<'a> {
+    pub(crate) activation: Activation,
+    pub(crate) noise: Noise<'a>,
+    pub(crate) strength: f32,
+}
+
+impl NoisyActivation<'_> {
+    /// # Safety
+    /// As for [`Op::apply`].
+    #[inline(always)]
+    unsafe fn shift<L: Lanes>(self, pixel: usize, shift: L) -> L {
+        // SAFETY: the caller's promise.
+        unsafe { self.noise.at::<L>(pixel).mul_add(L::splat(self.strength), shift) }
+    }
+}
+
+impl Op<1, 3, 0> for NoisyActivation<'_> {
+    #[inline(always)]
+    fn on_plane(self, index: usize) -> Self {
+        Self {
+            noise: self.noise.on_plane(index),
+            ..self
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn apply<L: Lanes>(
+        self,
+        pixel: usize,
+        x: [L; 1],
+        [scale, shift, slope]: [L; 3],
+        sums: &mut [L; 0],
+    ) -> L {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let shift = self.shift(pixel, shift);
+            self.activation.apply(pixel, x, [scale, shift, slope], sums)
+        }
+    }
+}
+
+/// `dy` times the slope of [`NoisyActivation`].
+impl Op<2, 3, 0> for NoisyActivation<'_> {
+    #[inline(always)]
+    fn on_plane(self, index: usize) -> Self {
+        Self {
+            noise: self.noise.on_plane(index),
+            ..self
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn apply<L: Lanes>(
+        self,
+        pixel: usize,
+        [x, dy]: [L; 2],
+        [scale, shift, slope]: [L; 3],
+        _: &mut [L; 0],
+    ) -> L {
+        let Activation { gain, limit } = self.activation;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let z = x.mul_add(scale, self.shift(pixel, shift));
+            dy.mul(slope_at(z, slope, gain, limit))
+        }
+    }
+}
+
+/// Gradient of [`NoisyActivation`]: as [`ActivationGradient`], and the sum of the strength's.
+impl Op<2, 4, 4> for NoisyActivation<'_> {
+    #[inline(always)]
+    fn on_plane(self, index: usize) -> Self {
+        Self {
+            noise: self.noise.on_plane(index),
+            ..self
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn apply<L: Lanes>(
+        self,
+        pixel: usize,
+        [x, dy]: [L; 2],
+        [scale, shift, slope, centre]: [L; 4],
+        [products, gradients, slopes, strengths]: &mut [L; 4],
+    ) -> L {
+        let Activation { gain, limit } = self.activation;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let z = x.mul_add(scale, self.shift(pixel, shift));
+            *slopes = dy.mul_add(z.min(L::zero()), *slopes);
+            let dz = dy.mul(slope_at(z, slope, gain, limit));
+            *products = dz.mul_add(x.sub(centre), *products);
+            *gradients = gradients.add(dz);
+            *strengths = dz.mul_add(self.noise.at::<L>(pixel), *strengths);
+            dz.mul(scale)
+        }
+    }
+}
+
+/// The derivative of [`Activation`] with respect to `z`.
+///
+/// # Safety
+/// The processor must have the instructions of `L`.
+#[inline(always)]
+unsafe fn slope_at<L: Lanes>(z: L, slope: L, gain: f32, limit: f32) -> L {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let slope = z.select_greater(L::zero(), L::splat(gain), slope.mul(L::splat(gain)));
+        let (y, limit) = (z.mul(slope), L::splat(limit));
         let inside = y.select_greater(limit, L::zero(), slope);
-        let inside = L::zero().sub(y).select_greater(limit, L::zero(), inside);
-        let dx = dy.mul(inside);
-        *sum = sum.add(dx);
-        dx
+        L::zero().sub(y).select_greater(limit, L::zero(), inside)
     }
 }

@@ -6,6 +6,7 @@
 )]
 
 use super::super::lanes::{Isa, Kernel, Lanes};
+use super::super::load::Load;
 use super::super::tile::{Runs, Strides, multiply};
 use super::super::weights::{Columns, WeightShape, WeightTile};
 use super::super::{Shared, parallel};
@@ -14,19 +15,26 @@ use super::tiles::{transform_input, transform_output};
 use super::{BLOCK, EDGE, POINTS, Shape};
 use crate::pool::Buffer;
 
-/// The convolution of `x` `[N, ⌈I/16⌉, H, W, 16]` with `weight` `[O, I, 3, 3]` into `y` `[N, ⌈O/16⌉, H, W, 16]`.
-pub(crate) fn forward(isa: Isa, shape: Shape, x: &[f32], weight: &[f32], y: &mut [f32]) {
-    convolve(
-        isa,
-        shape,
-        Taps {
-            weight,
-            shape: shape.weight(),
-            columns: Columns::Outputs,
-        },
-        x,
-        y,
-    );
+/// The weight of a convolution, `[O, I, 3, 3]`, at the points of the tiles: what [`forward`] multiplies by.
+pub(crate) fn prepare(isa: Isa, shape: Shape, weight: &[f32]) -> Buffer {
+    let taps = Taps {
+        weight,
+        shape: shape.weight(),
+        columns: Columns::Outputs,
+    };
+    transform_weight(isa, taps)
+}
+
+/// The convolution of `x` `[N, ⌈I/16⌉, H, W, 16]` with a prepared weight into `y` `[N, ⌈O/16⌉, H, W, 16]`.
+pub(crate) fn forward(
+    isa: Isa,
+    shape: Shape,
+    x: &[f32],
+    load: Option<Load>,
+    prepared: &[f32],
+    y: &mut [f32],
+) {
+    convolve(isa, shape, prepared, x, load, y);
 }
 
 /// The gradient of the input, `dx`, from the gradient of the output, `dy`: a convolution with the flipped kernel.
@@ -36,17 +44,12 @@ pub(crate) fn data_gradient(isa: Isa, shape: Shape, dy: &[f32], weight: &[f32], 
         shape: shape.weight(),
         columns: Columns::Inputs,
     };
-    convolve(
-        isa,
-        Shape {
-            i: shape.o,
-            o: shape.i,
-            ..shape
-        },
-        taps,
-        dy,
-        dx,
-    );
+    let flipped = Shape {
+        i: shape.o,
+        o: shape.i,
+        ..shape
+    };
+    convolve(isa, flipped, &transform_weight(isa, taps), dy, None, dx);
 }
 
 /// A weight, and the side of it that is the convolution's output.
@@ -57,12 +60,11 @@ struct Taps<'a> {
     columns: Columns,
 }
 
-fn convolve(isa: Isa, shape: Shape, taps: Taps, x: &[f32], y: &mut [f32]) {
+fn convolve(isa: Isa, shape: Shape, weight: &[f32], x: &[f32], load: Option<Load>, y: &mut [f32]) {
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
     assert_eq!(x.len(), shape.n * in_blocks * shape.plane());
     assert_eq!(y.len(), shape.n * out_blocks * shape.plane());
-    assert_eq!(taps.weight.len(), shape.i * shape.o * 9);
-    let transformed = transform_weight(isa, taps);
+    assert_eq!(weight.len(), POINTS * in_blocks * out_blocks * BLOCK * BLOCK);
     let groups = out_blocks.div_ceil(isa.tile_blocks());
 
     // A chunk's transformed inputs should stay in the second-level cache, but the transformed weights, which stream
@@ -88,7 +90,8 @@ fn convolve(isa: Isa, shape: Shape, taps: Taps, x: &[f32], y: &mut [f32]) {
         isa.run(Chunk {
             shape,
             x,
-            weight: &transformed,
+            load,
+            weight,
             y,
             first_tile,
             tiles: chunk_tiles.min(shape.tiles() - first_tile),
@@ -105,6 +108,7 @@ const MAX_CHUNK_TILES: usize = 60;
 /// `G g Gᵀ` for all pairs of channels, as `[group of output blocks][36][I][blocks·16]`.
 fn transform_weight(isa: Isa, taps: Taps) -> Buffer {
     let (outputs, inputs) = taps.columns.sides(taps.shape);
+    assert_eq!(taps.weight.len(), inputs * outputs * 9);
     let (in_blocks, out_blocks) = (inputs.div_ceil(BLOCK), outputs.div_ceil(BLOCK));
     let mut transformed = Buffer::take(POINTS * in_blocks * out_blocks * BLOCK * BLOCK);
     let to = Shared::new(&mut transformed);
@@ -185,6 +189,7 @@ impl Kernel for WeightBlock<'_> {
 struct Chunk<'a> {
     shape: Shape,
     x: &'a [f32],
+    load: Option<Load<'a>>,
     weight: &'a [f32],
     y: Shared,
     first_tile: usize,
@@ -201,6 +206,7 @@ impl Kernel for Chunk<'_> {
         let Self {
             shape,
             x,
+            load,
             weight,
             y,
             first_tile,
@@ -223,9 +229,9 @@ impl Kernel for Chunk<'_> {
             for tile in 0..tiles {
                 let (n, top, left) = shape.tile(first_tile + tile);
                 for block in 0..in_blocks {
-                    let plane = x.as_ptr().wrapping_add((n * in_blocks + block) * shape.plane());
+                    let place = (n * in_blocks + block, top, left);
                     let to = v.wrapping_add(tile * inputs + block * BLOCK);
-                    transform_input::<L>(plane, shape, top, left, to, v_point);
+                    transform_input::<L>(x, load, shape, place, to, v_point);
                 }
             }
             for group in first_group..last_group {

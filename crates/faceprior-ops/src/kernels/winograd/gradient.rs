@@ -6,6 +6,7 @@
 )]
 
 use super::super::lanes::{Isa, Kernel, Lanes};
+use super::super::load::Load;
 use super::super::tile::{Runs, Strides, multiply};
 use super::super::weights::WeightTile;
 use super::super::{Shared, parallel};
@@ -15,7 +16,15 @@ use super::{BLOCK, EDGE, POINTS, Shape};
 use crate::pool::Buffer;
 
 /// The gradient of the weight, `dw` `[O, I, 3, 3]`, from the input and the gradient of the output.
-pub(crate) fn weight_gradient(isa: Isa, shape: Shape, x: &[f32], dy: &[f32], dw: &mut [f32]) {
+pub(crate) fn weight_gradient(
+    isa: Isa,
+    shape: Shape,
+    x: &[f32],
+    load: Option<Load>,
+    dy: &[f32],
+    dw: &mut [f32],
+) {
+    let maps = Maps { x, load, dy };
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
     assert_eq!(x.len(), shape.n * in_blocks * shape.plane());
     assert_eq!(dy.len(), shape.n * out_blocks * shape.plane());
@@ -31,7 +40,7 @@ pub(crate) fn weight_gradient(isa: Isa, shape: Shape, x: &[f32], dy: &[f32], dw:
     };
     let mut sums = Buffer::take(parts * size);
     if parts == 1 {
-        sum_by_points(isa, shape, x, dy, &mut sums);
+        sum_by_points(isa, shape, maps, &mut sums);
     } else {
         let part_tiles = shape.tiles().div_ceil(parts);
         let all = Shared::new(&mut sums);
@@ -40,8 +49,7 @@ pub(crate) fn weight_gradient(isa: Isa, shape: Shape, x: &[f32], dy: &[f32], dw:
             let last_tile = (first_tile + part_tiles).min(shape.tiles());
             isa.run(GradientPart {
                 shape,
-                x,
-                dy,
+                maps,
                 sums: all,
                 start: part * size,
                 first_tile,
@@ -65,6 +73,14 @@ pub(crate) fn weight_gradient(isa: Isa, shape: Shape, x: &[f32], dy: &[f32], dw:
             in_block,
         });
     });
+}
+
+/// The input, how it is read, and the gradient of the output.
+#[derive(Clone, Copy)]
+struct Maps<'a> {
+    x: &'a [f32],
+    load: Option<Load<'a>>,
+    dy: &'a [f32],
 }
 
 const PRIVATE_FLOATS: usize = POINTS * 128 * 128;
@@ -113,12 +129,11 @@ struct TilesView {
 /// Transforms the tiles `first_tile + from .. first_tile + to` into places `from .. to`.
 ///
 /// # Safety
-/// Instructions of `L`; `x`, `dy` and the view are of the shape; no other task writes these places.
+/// Instructions of `L`; maps and view are of the shape; no other task writes these places.
 #[inline(always)]
 unsafe fn transform_gradient_tiles<L: Lanes>(
     shape: Shape,
-    x: &[f32],
-    dy: &[f32],
+    maps: Maps,
     view: TilesView,
     first_tile: usize,
     places: std::ops::Range<usize>,
@@ -129,12 +144,15 @@ unsafe fn transform_gradient_tiles<L: Lanes>(
         // SAFETY: the caller's promise.
         unsafe {
             for block in 0..in_blocks {
-                let plane = x.as_ptr().wrapping_add((n * in_blocks + block) * shape.plane());
+                let at = (n * in_blocks + block, top, left);
                 let to = view.inputs.at((block * view.capacity + place) * BLOCK);
-                transform_input::<L>(plane, shape, top, left, to, view.input_point);
+                transform_input::<L>(maps.x, maps.load, shape, at, to, view.input_point);
             }
             for block in 0..out_blocks {
-                let plane = dy.as_ptr().wrapping_add((n * out_blocks + block) * shape.plane());
+                let plane = maps
+                    .dy
+                    .as_ptr()
+                    .wrapping_add((n * out_blocks + block) * shape.plane());
                 let group = block / L::TILE_BLOCKS;
                 let width = L::TILE_BLOCKS.min(out_blocks - group * L::TILE_BLOCKS) * BLOCK;
                 let start = group * L::TILE_BLOCKS * BLOCK * view.capacity;
@@ -196,8 +214,7 @@ unsafe fn add_point<L: Lanes>(
 /// A part of the tiles, summed into sums of its own.
 struct GradientPart<'a> {
     shape: Shape,
-    x: &'a [f32],
-    dy: &'a [f32],
+    maps: Maps<'a>,
     sums: Shared,
     start: usize,
     first_tile: usize,
@@ -214,8 +231,7 @@ impl Kernel for GradientPart<'_> {
     unsafe fn run<L: Lanes>(self) {
         let Self {
             shape,
-            x,
-            dy,
+            maps,
             sums,
             start,
             first_tile,
@@ -239,7 +255,7 @@ impl Kernel for GradientPart<'_> {
             }
             for first in (first_tile..last_tile).step_by(PART_CHUNK_TILES) {
                 let count = PART_CHUNK_TILES.min(last_tile - first);
-                transform_gradient_tiles::<L>(shape, x, dy, view, first, 0..count);
+                transform_gradient_tiles::<L>(shape, maps, view, first, 0..count);
                 for point in 0..POINTS {
                     let sums = sums.at(start + point * pairs);
                     add_point::<L>(shape, view, count, point, sums, first > first_tile);
@@ -253,7 +269,7 @@ impl Kernel for GradientPart<'_> {
 const SHARED_CHUNK_TILES: usize = 256;
 
 /// All tiles summed into one copy of the sums, points divided between tasks.
-fn sum_by_points(isa: Isa, shape: Shape, x: &[f32], dy: &[f32], sums: &mut [f32]) {
+fn sum_by_points(isa: Isa, shape: Shape, maps: Maps, sums: &mut [f32]) {
     let pairs = sums.len() / POINTS;
     let capacity = SHARED_CHUNK_TILES.min(shape.tiles());
     let mut tiles = GradientTiles::new(shape, capacity);
@@ -272,8 +288,7 @@ fn sum_by_points(isa: Isa, shape: Shape, x: &[f32], dy: &[f32], sums: &mut [f32]
             let places = task * TASK_TILES..count.min((task + 1) * TASK_TILES);
             isa.run(TransformTiles {
                 shape,
-                x,
-                dy,
+                maps,
                 view,
                 first_tile,
                 places,
@@ -295,8 +310,7 @@ fn sum_by_points(isa: Isa, shape: Shape, x: &[f32], dy: &[f32], sums: &mut [f32]
 
 struct TransformTiles<'a> {
     shape: Shape,
-    x: &'a [f32],
-    dy: &'a [f32],
+    maps: Maps<'a>,
     view: TilesView,
     first_tile: usize,
     places: std::ops::Range<usize>,
@@ -309,14 +323,13 @@ impl Kernel for TransformTiles<'_> {
     unsafe fn run<L: Lanes>(self) {
         let Self {
             shape,
-            x,
-            dy,
+            maps,
             view,
             first_tile,
             places,
         } = self;
         // SAFETY: the caller promises the instructions; tasks have disjoint places.
-        unsafe { transform_gradient_tiles::<L>(shape, x, dy, view, first_tile, places) }
+        unsafe { transform_gradient_tiles::<L>(shape, maps, view, first_tile, places) }
     }
 }
 

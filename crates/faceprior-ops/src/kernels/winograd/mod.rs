@@ -13,7 +13,7 @@ mod gradient;
 mod matrices;
 mod tiles;
 
-pub(crate) use convolve::{data_gradient, forward};
+pub(crate) use convolve::{data_gradient, forward, prepare};
 pub(crate) use gradient::weight_gradient;
 
 use super::BLOCK;
@@ -100,7 +100,14 @@ mod tests {
         let (blocked_x, blocked_dy) = (block(&x, n, i, h * w), block(&dy, n, o, h * w));
 
         let mut y = vec![f32::NAN; n * o.next_multiple_of(BLOCK) * h * w];
-        forward(isa, shape, &blocked_x, &weight, &mut y);
+        forward(
+            isa,
+            shape,
+            &blocked_x,
+            None,
+            &prepare(isa, shape, &weight),
+            &mut y,
+        );
         let error = relative_rms(&unblock(&y, n, o, h * w), &naive_forward(geometry, &x, &weight));
         assert!(error < bound, "{isa:?} {shape:?}: forward is off by {error:.1e}");
 
@@ -114,7 +121,7 @@ mod tests {
         );
 
         let mut dw = vec![f32::NAN; o * i * 9];
-        weight_gradient(isa, shape, &blocked_x, &blocked_dy, &mut dw);
+        weight_gradient(isa, shape, &blocked_x, None, &blocked_dy, &mut dw);
         let error = relative_rms(&dw, &exact_dw);
         assert!(
             error < bound,
@@ -155,8 +162,8 @@ mod tests {
                 padding: 1,
             };
             let (mut dw, mut direct) = (vec![f32::NAN; o * i * 9], vec![f32::NAN; o * i * 9]);
-            weight_gradient(Isa::best(), Shape { n, i, o, h, w }, &x, &dy, &mut dw);
-            crate::kernels::direct::weight_gradient(Isa::best(), geometry, &x, &dy, &mut direct);
+            weight_gradient(Isa::best(), Shape { n, i, o, h, w }, &x, None, &dy, &mut dw);
+            crate::kernels::direct::weight_gradient(Isa::best(), geometry, &x, None, &dy, &mut direct);
             let exact: Vec<_> = direct.iter().map(|value| f64::from(*value)).collect();
             let error = relative_rms(&dw, &exact);
             assert!(error < 3e-6, "differs by {error:.1e}");
@@ -192,9 +199,10 @@ mod tests {
                     .expect("a thread pool");
                 pool.install(|| {
                     let (mut y, mut dx, mut dw) = (dy.clone(), x.clone(), weight.clone());
-                    forward(Isa::best(), shape, &x, &weight, &mut y);
+                    let prepared = prepare(Isa::best(), shape, &weight);
+                    forward(Isa::best(), shape, &x, None, &prepared, &mut y);
                     data_gradient(Isa::best(), shape, &dy, &weight, &mut dx);
-                    weight_gradient(Isa::best(), shape, &x, &dy, &mut dw);
+                    weight_gradient(Isa::best(), shape, &x, None, &dy, &mut dw);
                     (y, dx, dw)
                 })
             });

@@ -6,16 +6,42 @@
 )]
 
 use super::super::lanes::Lanes;
+use super::super::load::{AsIs, Load, Read};
 use super::matrices::{input_to_points, output_to_points, points_to_output};
 use super::{BLOCK, EDGE, Shape, TILE};
 
-/// `Bᵀ d B` of the tile whose outputs start at (`top`, `left`), one value per point at distances of `point`.
+/// `Bᵀ d B` of the tile of plane `index` of `x` whose outputs start at (`top`, `left`), one value per point at
+/// distances of `point`.
 ///
 /// # Safety
-/// Instructions of `L`; `plane` is a plane of the shape; `to` has room for the points.
+/// Instructions of `L`; `x` is of the shape; `to` has room for the points.
 #[inline(always)]
 pub(super) unsafe fn transform_input<L: Lanes>(
+    x: &[f32],
+    load: Option<Load>,
+    shape: Shape,
+    (index, top, left): (usize, usize, usize),
+    to: *mut f32,
+    point: usize,
+) {
+    let plane = x.as_ptr().wrapping_add(index * shape.plane());
+    // SAFETY: the caller's promise.
+    unsafe {
+        match load {
+            Some(load) => {
+                transform_input_as::<L>(plane, load.plane::<L>(index), shape, top, left, to, point);
+            }
+            None => transform_input_as::<L>(plane, AsIs, shape, top, left, to, point),
+        }
+    }
+}
+
+/// # Safety
+/// As for [`transform_input`]; `plane` is a plane of the shape.
+#[inline(always)]
+unsafe fn transform_input_as<L: Lanes>(
     plane: *const f32,
+    values: impl Read<L>,
     shape: Shape,
     top: usize,
     left: usize,
@@ -32,14 +58,14 @@ pub(super) unsafe fn transform_input<L: Lanes>(
             if inside {
                 let first = plane.wrapping_add(((top - 1) * w + left - 1 + column) * BLOCK);
                 for (row, d) in d.iter_mut().enumerate() {
-                    *d = L::load(first.wrapping_add(row * w * BLOCK));
+                    *d = values.read(first.wrapping_add(row * w * BLOCK));
                 }
             } else {
                 for (row, d) in d.iter_mut().enumerate() {
                     // One too far above or left wraps around to a huge number, which is outside too.
                     let (y, x) = ((top + row).wrapping_sub(1), (left + column).wrapping_sub(1));
                     if y < h && x < w {
-                        *d = L::load(plane.wrapping_add((y * w + x) * BLOCK));
+                        *d = values.read(plane.wrapping_add((y * w + x) * BLOCK));
                     }
                 }
             }
@@ -93,7 +119,7 @@ pub(super) unsafe fn transform_output<L: Lanes>(
 /// `A ẏ Aᵀ` of one tile of output gradients, zero outside the picture.
 ///
 /// # Safety
-/// As for [`transform_input`].
+/// Instructions of `L`; `plane` is a plane of the shape; `to` has room for the points.
 #[inline(always)]
 pub(super) unsafe fn transform_output_gradient<L: Lanes>(
     plane: *const f32,
