@@ -2,8 +2,10 @@
 //!
 //! Fresh memory costs more than the arithmetic of most operations: the system hands out pages one fault at a time and
 //! clears each. A training step needs the same sizes again and again, so buffers go back to a pool when the tensor
-//! that holds them is dropped. The pool never makes the program larger than the most it has had in use at one time
-//! (rounding of sizes apart): above that, kept buffers are given back to the system.
+//! that holds them is dropped. The pool keeps the program within five quarters of the most that was in use at one time
+//! (rounding of sizes apart): above that, kept buffers are given back to the system. The quarter is for sizes that take
+//! turns: without it, an IR-50 training step gave back and asked anew for 1.4 GB, a tenth of its time, to save 4% of
+//! its memory.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::collections::BTreeMap;
@@ -162,10 +164,10 @@ impl State {
         self.surplus()
     }
 
-    /// Removes kept buffers, largest first, until the pool is no larger than what was once in use.
+    /// Removes kept buffers, largest first, until the pool is within its bound.
     fn surplus(&mut self) -> Vec<(usize, Kept)> {
         let mut surplus = Vec::new();
-        while self.bytes_in_use + self.bytes_kept > self.most_in_use {
+        while self.bytes_in_use + self.bytes_kept > self.most_in_use + self.most_in_use / 4 {
             let Some(mut class) = self.kept.last_entry() else {
                 break;
             };
@@ -230,8 +232,10 @@ mod tests {
         assert!(state.give(64, memory()).is_empty());
         assert!(state.take(64).is_some());
         assert_eq!((state.bytes_in_use, state.bytes_kept), (64, 128));
-        // A miss of another size: 64 in use, 128 kept and 64 new would be more than the 192 once in use.
-        state.bytes_in_use += 64;
+        // Other sizes: 64 in use, 128 kept and 48 new are within 240, five quarters of the 192 once in use.
+        state.bytes_in_use += 48;
+        assert!(state.surplus().is_empty());
+        state.bytes_in_use += 16;
         assert_eq!(state.surplus().iter().map(|kept| kept.0).sum::<usize>(), 128);
         assert_eq!((state.bytes_in_use, state.bytes_kept), (128, 0));
     }
