@@ -14,6 +14,7 @@ round. Writes a dated Markdown table and the raw numbers as JSON.
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -28,6 +29,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from peers.conv import CASES as CONVOLUTIONS
+
 HERE = Path(__file__).resolve().parent
 
 # glibc gives every large block back to the kernel at once, and each training step then pays for fresh zeroed pages.
@@ -35,7 +38,10 @@ HERE = Path(__file__).resolve().parent
 TUNED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
 # What a caller's shell must not decide.
 CLEARED = ("MALLOC_", "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "TORCH_", "RAYON_")
-CLEARED += ("LD_PRELOAD", "GLIBC_TUNABLES")
+CLEARED += ("LD_PRELOAD", "GLIBC_TUNABLES", "ATEN_", "FACEPRIOR_")
+# What holds both sides to AVX2 on a machine that has more.
+AVX2 = {"FACEPRIOR_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+AVX2["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Form:
 
 CONTIGUOUS = Form("contiguous", "PyTorch, contiguous f32 (default)")
 CHANNELS_LAST = Form("channels-last", "PyTorch, channels-last f32, malloc tuned", tuned_malloc=True)
+JIT = Form("jit", "PyTorch, torch.jit optimised for inference, channels-last f32, malloc tuned", tuned_malloc=True)
+ONNX = Form("onnxruntime", "onnxruntime")
 BF16 = Form("bf16", "PyTorch, channels-last bf16 autocast, malloc tuned", tuned_malloc=True)
 REFERENCE = Form("reference", "PyTorch, reference formulation (grouped convolution, N·C×1 FIR)")
 DENSE = Form("dense", "PyTorch, dense formulation, channels-last, malloc tuned", tuned_malloc=True)
@@ -59,20 +67,43 @@ FACENET = Form("facenet-pytorch", "facenet-pytorch, batch 16, + OpenCV warp")
 class Work:
     name: str
     title: str
-    unit: str  # "img/s" or "s/step"
+    unit: str  # "img/s", "s/step" or "ms"
     forms: tuple
     items: int | None = None  # pictures an iteration; None: as many as --data gives
     pictures: int = 0  # how many of --data it takes
     one_core: bool = False
+    cases: tuple = ("",)  # what one process times, one after another; "" for the work as a whole
+    of: str | None = None  # the work as both programs know it, where this is it under an instruction set
+    isa: str | None = None  # the instruction set that both are held to
 
 
+TRAINING = (CONTIGUOUS, CHANNELS_LAST, BF16)
+INFERENCE = (CONTIGUOUS, CHANNELS_LAST, JIT, ONNX)
 WORKS = (
-    Work("ir50-train-16", "IR-50 training step, batch 16", "img/s", (CONTIGUOUS, CHANNELS_LAST, BF16), 16),
-    Work("ir50-infer-1", "IR-50 inference, batch 1", "img/s", (CONTIGUOUS, CHANNELS_LAST), 1),
-    Work("ir50-infer-32", "IR-50 inference, batch 32", "img/s", (CONTIGUOUS, CHANNELS_LAST), 32),
-    Work("gan-step-64", "StyleGAN2 64², G and D step, batch 8", "s/step", (REFERENCE, DENSE), 8),
+    Work("ir50-train-16", "IR-50 training step, batch 16", "img/s", TRAINING, 16),
+    Work(
+        "ir50-train-16-avx2",
+        "IR-50 training step, batch 16, AVX2",
+        "img/s",
+        (CONTIGUOUS, CHANNELS_LAST),
+        16,
+        of="ir50-train-16",
+        isa="avx2",
+    ),
+    Work("ir50-infer-1", "IR-50 inference, batch 1", "img/s", INFERENCE, 1),
+    Work("ir50-infer-32", "IR-50 inference, batch 32", "img/s", INFERENCE, 32),
+    Work("mobilefacenet-infer-1", "MobileFaceNet inference, batch 1", "img/s", (CHANNELS_LAST, JIT, ONNX), 1),
+    Work("mobilefacenet-infer-32", "MobileFaceNet inference, batch 32", "img/s", (CHANNELS_LAST, JIT, ONNX), 32),
+    Work("gan-g-64", "StyleGAN2 64², G step, batch 8", "s/step", (REFERENCE, DENSE), 8),
+    Work("gan-d-64", "StyleGAN2 64², D step, batch 8", "s/step", (REFERENCE, DENSE), 8),
     Work("gan-r1-64", "StyleGAN2 64², R1 step, batch 8", "s/step", (REFERENCE, DENSE), 8),
     Work("gan-pl-64", "StyleGAN2 64², path length step, batch 8", "s/step", (REFERENCE, DENSE), 8),
+    Work("gan-g-128", "StyleGAN2 128², G step, batch 8", "s/step", (DENSE,), 8),
+    Work("gan-d-128", "StyleGAN2 128², D step, batch 8", "s/step", (DENSE,), 8),
+    Work("gan-r1-128", "StyleGAN2 128², R1 step, batch 8", "s/step", (DENSE,), 8),
+    Work("gan-pl-128", "StyleGAN2 128², path length step, batch 8", "s/step", (DENSE,), 8),
+    Work("encoder-step-8", "encoder training step through the prior of 128², batch 8", "s/step", (DENSE,), 8),
+    Work("conv", "convolution, batch 16:", "ms", (CHANNELS_LAST,), 16, cases=CONVOLUTIONS),
     Work("loader", "loader: JPEG → 128² → crop 112² → flip → float, one core", "img/s", (PIL, CV2), None, 512, True),
     Work("align", "align: raw pictures → faces 112², min face 40", "img/s", (FACENET,), None, 192),
 )
@@ -86,56 +117,81 @@ def run_peer(args):
     work = next((w for w in WORKS if w.name == args.peer), None)
     if work is None or args.form not in [f.name for f in work.forms]:
         sys.exit(f"no form {args.form!r} of {args.peer!r}; hint: see WORKS in {Path(__file__).name}")
-    versions = {"python": platform.python_version()}
     sys.path.insert(0, str(HERE))
     with tempfile.TemporaryDirectory() as out:
-        if work.name == "loader":
-            from peers import pictures
-
-            iteration, items = pictures.prepare_loader(args.form, args.data)
-        else:
-            import torch
-
-            torch.manual_seed(0)
-            torch.set_num_threads(args.threads)
-            torch.set_num_interop_threads(1)
-            if work.name == "align":
-                from peers import pictures
-
-                iteration, items = pictures.prepare_align(args.data, out, args.threads)
-            elif work.name.startswith("ir50"):
-                from peers import irse
-
-                iteration, items = irse.prepare(work.name, args.form)
-            else:
-                from peers import stylegan2
-
-                iteration, items = stylegan2.prepare(work.name, args.form)
+        measure_runs, items = prepare_peer(work.name, args, out)
         start_bytes = peak_bytes(resource.getrusage(resource.RUSAGE_SELF))
-        for _ in range(args.warmup):
-            iteration()
-        runs = []
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(args.runs):
-            start = time.perf_counter()
-            iteration()
-            runs.append(time.perf_counter() - start)
+        timings = measure_runs(args.runs, args.warmup)
         usage = resource.getrusage(resource.RUSAGE_SELF)
-    for module in ("torch", "torchvision", "facenet_pytorch", "cv2", "PIL", "numpy"):
+    versions = {"python": platform.python_version()}
+    for module in ("torch", "torchvision", "onnxruntime", "facenet_pytorch", "cv2", "PIL", "numpy"):
         if module in sys.modules:
             versions[module] = package_version(module)
     result = {
         "work": work.name,
         "form": args.form,
-        "runs": runs,
+        **timings,
         "items_per_iteration": items,
         "peak_bytes": peak_bytes(usage),
         "start_bytes": start_bytes,  # libraries, parameters and inputs, before the first iteration
-        "page_faults_per_iteration": (usage.ru_minflt - faults) / args.runs,
         "device": "cpu",
         "version": versions,
     }
+    if torch := sys.modules.get("torch"):
+        result["isa"] = torch.backends.cpu.get_cpu_capability().lower()
     print(json.dumps(result))
+
+
+def prepare_peer(work, args, out):
+    """What times the work, given how many runs and how many to warm up, and the pictures of an iteration."""
+    if work == "loader":
+        from peers import pictures
+
+        iteration, items = pictures.prepare_loader(args.form, args.data)
+        return functools.partial(timed, iteration), items
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    torch.set_num_interop_threads(1)
+    if work == "conv":
+        from peers import conv
+
+        return conv.measure, conv.BATCH
+    if work == "align":
+        from peers import pictures
+
+        iteration, items = pictures.prepare_align(args.data, out, args.threads)
+    elif work.startswith("ir50"):
+        from peers import irse
+
+        iteration, items = irse.prepare(work, args.form, out, args.threads)
+    elif work.startswith("mobilefacenet"):
+        from peers import mobilefacenet
+
+        iteration, items = mobilefacenet.prepare(work, args.form, out, args.threads)
+    elif work.startswith("encoder"):
+        from peers import encoder
+
+        iteration, items = encoder.prepare(work)
+    else:
+        from peers import stylegan2
+
+        iteration, items = stylegan2.prepare(work, args.form)
+    return functools.partial(timed, iteration), items
+
+
+def timed(iteration, runs, warmup):
+    for _ in range(warmup):
+        iteration()
+    seconds = []
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(runs):
+        start = time.perf_counter()
+        iteration()
+        seconds.append(time.perf_counter() - start)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    return {"runs": seconds, "page_faults_per_iteration": faults / runs}
 
 
 def package_version(module):
@@ -159,13 +215,15 @@ class Failure(Exception):
     pass
 
 
-def environment(threads, tuned_malloc=False):
+def environment(threads, tuned_malloc=False, isa=None):
     env = {k: v for k, v in os.environ.items() if not k.startswith(CLEARED)}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         env[name] = str(threads)
     env["OMP_DYNAMIC"] = env["MKL_DYNAMIC"] = "FALSE"
     if tuned_malloc:
         env.update(TUNED_MALLOC)
+    if isa == "avx2":
+        env.update(AVX2)
     return env
 
 
@@ -200,21 +258,27 @@ def measure(command, env, cores, timeout):
         raise Failure(f"exit code {process.returncode}: {last}")
     try:
         result = json.loads(text)
-        runs, items = [float(r) for r in result["runs"]], int(result["items_per_iteration"])
+        cases = result["cases"] if "cases" in result else [{"name": "", "runs": result["runs"]}]
+        cases, items = {c["name"]: [float(r) for r in c["runs"]] for c in cases}, int(result["items_per_iteration"])
     except (ValueError, KeyError, TypeError):
         raise Failure(f"expected one JSON object with runs and items_per_iteration, got {text[:80]!r}") from None
-    if not runs or min(runs) <= 0 or items < 1:
-        raise Failure(f"expected positive times and items, got runs {runs}, items_per_iteration {items}")
+    for name, runs in cases.items():
+        if not runs or min(runs) <= 0 or items < 1:
+            raise Failure(f"expected positive times and items, got {name} runs {runs}, items_per_iteration {items}")
     result["reported_peak_bytes"] = result.get("peak_bytes")
     result["peak_bytes"] = peak_bytes(usage)
-    result["seconds_per_item"] = statistics.median(runs) / items
+    result["seconds_per_item"] = {name: statistics.median(runs) / items for name, runs in cases.items()}
     return result
 
 
 def check_work(work, result):
     """Another work, or other numbers of pictures, would be a ratio between two different things."""
-    if result.get("work") != work.name:
-        raise Failure(f"expected work {work.name!r}, got {result.get('work')!r}")
+    if result.get("work") != (work.of or work.name):
+        raise Failure(f"expected work {work.of or work.name!r}, got {result.get('work')!r}")
+    if tuple(result["seconds_per_item"]) != work.cases:
+        raise Failure(f"expected cases {work.cases}, got {tuple(result['seconds_per_item'])}")
+    if work.isa is not None and result.get("isa") != work.isa:
+        raise Failure(f"expected instruction set {work.isa!r}, got {result.get('isa')!r}")
     if work.items is not None and result["items_per_iteration"] != work.items:
         raise Failure(f"expected {work.items} items an iteration, got {result['items_per_iteration']}")
 
@@ -224,9 +288,10 @@ def compare_work(work, args, pictures):
     threads = 1 if work.one_core else args.threads
     cores = sorted(os.sched_getaffinity(0))[:threads] if hasattr(os, "sched_getaffinity") else None
     data = ["--data", str(pictures)] if pictures else []
-    sides = {"faceprior": ([args.faceprior, "bench", work.name, "--runs", str(args.runs), "--json", *data], False)}
+    name = work.of or work.name
+    sides = {"faceprior": ([args.faceprior, "bench", name, "--runs", str(args.runs), "--json", *data], False)}
     for form in work.forms:
-        command = [sys.executable, __file__, "--peer", work.name, "--form", form.name]
+        command = [sys.executable, __file__, "--peer", name, "--form", form.name]
         command += ["--runs", str(args.runs), "--warmup", str(args.warmup), "--threads", str(threads), *data]
         sides[form.name] = (command, form.tuned_malloc)
     results, failures = {name: {} for name in sides}, {}
@@ -236,14 +301,15 @@ def compare_work(work, args, pictures):
                 continue
             command, tuned_malloc = sides[name]
             try:
-                result = measure(command, environment(threads, tuned_malloc), cores, args.timeout)
+                result = measure(command, environment(threads, tuned_malloc, work.isa), cores, args.timeout)
                 check_work(work, result)
             except Failure as failure:
                 failures[name] = str(failure)
                 say(f"{work.name} round {round_number + 1} {name}: failed: {failure}")
                 continue
             results[name][round_number] = result
-            say(f"{work.name} round {round_number + 1} {name}: {show_speed(work, [result])}, {show_bytes([result])}")
+            speed = ", ".join(f"{case} {show_speed(work, [result], case)}".strip() for case in work.cases)
+            say(f"{work.name} round {round_number + 1} {name}: {speed}, {show_bytes([result])}")
     return {"results": results, "failures": failures}
 
 
@@ -269,8 +335,10 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def show_speed(work, results):
-    seconds = statistics.median(r["seconds_per_item"] for r in results)
+def show_speed(work, results, case):
+    seconds = statistics.median(r["seconds_per_item"][case] for r in results)
+    if work.unit == "ms":
+        return f"{seconds * work.items * 1e3:.3g} ms"
     if work.unit == "s/step":
         return f"{seconds * work.items:.3g} s/step"
     return f"{1 / seconds:.3g} img/s" if seconds > 1e-3 else f"{1 / seconds:.0f} img/s"
@@ -281,33 +349,40 @@ def show_bytes(results):
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def ratios(ours, theirs):
+def ratios(ours, theirs, case):
     """Per round in which both ran: how many times as fast we are, and our memory over theirs."""
     rounds = sorted(ours.keys() & theirs.keys())
-    speed = [theirs[r]["seconds_per_item"] / ours[r]["seconds_per_item"] for r in rounds]
+    speed = [theirs[r]["seconds_per_item"][case] / ours[r]["seconds_per_item"][case] for r in rounds]
     memory = [ours[r]["peak_bytes"] / theirs[r]["peak_bytes"] for r in rounds]
     return speed, memory
 
 
 def rows(measured):
     for work in WORKS:
-        if work.name not in measured:
-            continue
-        results, failures = measured[work.name]["results"], measured[work.name]["failures"]
+        if work.name in measured:
+            for case in work.cases:
+                yield from case_rows(work, case, **measured[work.name])
 
-        def cell(name):
-            if name in failures:
-                return "failed"
-            found = list(results[name].values())
-            return f"{show_speed(work, found)}, {show_bytes(found)}" if found else "–"
 
-        for form in work.forms:
-            speed, memory = ratios(results["faceprior"], results[form.name])
-            whole = speed and "faceprior" not in failures and form.name not in failures
-            spread = f" ({min(speed):.2f}–{max(speed):.2f})" if whole and len(speed) > 1 else ""
-            ratio = f"**{statistics.median(speed):.2f}×**{spread}" if whole else "–"
-            memory_ratio = f"{statistics.median(memory):.2f}×" if whole else "–"
-            yield (work.title, cell("faceprior"), f"{form.title}: {cell(form.name)}", ratio, memory_ratio)
+def case_rows(work, case, results, failures):
+    """A row for each form of the peer. A case has no memory of its own: its process runs all of them."""
+
+    def cell(name):
+        if name in failures:
+            return "failed"
+        found = list(results[name].values())
+        if not found:
+            return "–"
+        return show_speed(work, found, case) + ("" if case else f", {show_bytes(found)}")
+
+    for form in work.forms:
+        speed, memory = ratios(results["faceprior"], results[form.name], case)
+        whole = speed and "faceprior" not in failures and form.name not in failures
+        spread = f" ({min(speed):.2f}–{max(speed):.2f})" if whole and len(speed) > 1 else ""
+        ratio = f"**{statistics.median(speed):.2f}×**{spread}" if whole else "–"
+        memory_ratio = f"{statistics.median(memory):.2f}×" if whole and not case else "–"
+        title = f"{work.title} {case}".strip()
+        yield (title, cell("faceprior"), f"{form.title}: {cell(form.name)}", ratio, memory_ratio)
 
 
 def cpu_flag_summary(flags):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from . import irse, stylegan2
+from . import encoder, inference, irse, mobilefacenet, stylegan2
 
 TOLERANCE = 1e-6
 SQRT3 = math.sqrt(3)
@@ -33,7 +34,7 @@ def filled(name, shape, scale=1.0, shift=0.0):
     return torch.from_numpy(values).reshape(tuple(shape)).double()
 
 
-def fill(net, prefix):
+def fill(net, prefix, rename=lambda key: key):
     modules = dict(net.named_modules())
     for key, tensor in net.state_dict().items():
         owner, _, last = key.rpartition(".")
@@ -54,7 +55,7 @@ def fill(net, prefix):
             scale, shift = 100 * SQRT3, 0
         else:
             scale, shift = SQRT3, 0
-        tensor.copy_(filled(prefix + key, tensor.shape, scale, shift))
+        tensor.copy_(filled(prefix + rename(key), tensor.shape, scale, shift))
 
 
 class Checker:
@@ -101,6 +102,72 @@ def check_recognizer(check):
     (embedding * filled("g.cotangent", (2, 512))).sum().backward()
     check.gradients("IR-SE-50", net, check.names["restyle50.param_names"], golden["restyle50.grad_norm"])
     check.same("IR-SE-50 input gradient", images.grad[:, :, :8, :8], golden["restyle50.grad_input_corner"])
+
+
+def golden_name(key):
+    """A parameter of the peer's MobileFaceNet under the golden's name."""
+    parts = key.split(".")
+    if parts[0] == "blocks":
+        number, layer = int(parts[1]), int(parts[3])
+        starts = {0: "conv_23", 1: "conv_3.model.", 5: "conv_34", 6: "conv_4.model.", 12: "conv_45", 13: "conv_5.model."}
+        start = max(n for n in starts if n <= number)
+        block = starts[start] + (str(number - start) if starts[start].endswith(".") else "")
+        within = ("conv.conv", "conv.bn", "conv.prelu", "conv_dw.conv", "conv_dw.bn", "conv_dw.prelu", "project.conv")
+        return ".".join([block, (*within, "project.bn")[layer], parts[4]])
+    if parts[0] == "linear1":
+        return key.replace("linear1.conv", "linear").replace("linear1.", "")
+    names = {"dw_conv1": "conv2_dw", "conv2": "conv_6_sep", "linear7": "conv_6_dw"}
+    return ".".join([names.get(parts[0], parts[0]), *parts[1:]])
+
+
+def check_mobilefacenet(check):
+    net = mobilefacenet.MobileFaceNet((112, 112), 64, 512).double().eval()
+    fill(net, "g.MobileFaceNet.", golden_name)
+    names = {key for key, _ in check.names["MobileFaceNet.keys"]}
+    check.report("MobileFaceNet names", {golden_name(key) for key in net.state_dict()} == names, f"{len(names)} tensors")
+    with torch.no_grad():
+        embedding = net(filled("g.input.image", (2, 3, 112, 112)))
+    check.same("MobileFaceNet embedding", embedding, check.tensors("irse.safetensors")["MobileFaceNet.embedding"])
+
+
+def check_encoder(check):
+    golden = check.tensors("encoders.safetensors")
+    net = encoder.Encoder(34, 14).double().eval()
+    fill(net, "g.")
+    codes = net(filled("g.input.six", (2, 6, 112, 112)))
+    check.same("encoder codes", codes, golden["psp34.codes"])
+    (codes * filled("g.cotangent.codes", codes.shape)).sum().backward()
+    check.gradients("encoder", net, check.names["psp34.param_names"], golden["psp34.grad_norm"])
+
+
+def check_ranger(check):
+    golden = check.tensors("optimizers.safetensors")
+    shapes = {"conv": (4, 3, 3, 3), "linear": (5, 7), "bias": (6,)}
+    for decay in (0.0, 0.01):
+        params = {name: torch.nn.Parameter(filled(f"g.ranger.{name}", shape)) for name, shape in shapes.items()}
+        optimizer = encoder.Ranger(params.values(), 1e-2, decay)
+        for t in range(14):
+            for name, p in params.items():
+                p.grad = filled(f"g.ranger.{name}.grad{t}", p.shape)
+            optimizer.step()
+        for name, p in params.items():
+            check.same(f"Ranger, decay {decay}, {name} after 14 steps", p, golden[f"wd{decay}.{name}.step14"])
+
+
+def check_inference_forms(check):
+    """Every form of inference gives the same embeddings as the network that was checked, in float32."""
+    for what, net, shape in (
+        ("IR-SE-50", irse.Recognizer(50), (2, 6, 112, 112)),
+        ("MobileFaceNet", mobilefacenet.MobileFaceNet(), (2, 3, 112, 96)),
+    ):
+        fill(net, "g.")
+        images = filled("g.input.forms", shape).float()
+        with torch.no_grad():
+            want = net.eval()(images)
+        for form in ("contiguous", "channels-last", "jit", "onnxruntime"):
+            with tempfile.TemporaryDirectory() as folder:
+                got = inference.prepare(net, images, form, folder, 1)()
+            check.same(f"{what}, {form}", got, want, 1e-4)
 
 
 def check_arcface(check):
@@ -160,6 +227,10 @@ def main(goldens):
     check = Checker(goldens)
     check_recognizer(check)
     check_arcface(check)
+    check_mobilefacenet(check)
+    check_encoder(check)
+    check_ranger(check)
+    check_inference_forms(check)
     for form in ("reference", "dense"):
         check_gan(check, form)
     print(f"{check.failed} failed" if check.failed else "the peers are the same networks")

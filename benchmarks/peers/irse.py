@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import inference
+
 UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 152: (3, 8, 36, 3)}
 IMAGE_SIZE = 112
 NUM_CLASSES = 1000
@@ -44,7 +46,9 @@ class Unit(nn.Module):
         return self.res_layer(x) + self.shortcut_layer(x)
 
 
-class Backbone(nn.Module):
+class Body(nn.Module):
+    """Input layer and all units."""
+
     def __init__(self, depth, in_channels=6):
         super().__init__()
         self.input_layer = nn.Sequential(
@@ -56,12 +60,20 @@ class Backbone(nn.Module):
                 body.append(Unit(inputs, outputs, 2 if unit == 0 else 1))
                 inputs = outputs
         self.body = nn.Sequential(*body)
+
+    def features(self, x):
+        return self.body(self.input_layer(x))
+
+
+class Backbone(Body):
+    def __init__(self, depth):
+        super().__init__(depth)
         self.output_layer = nn.Sequential(
             nn.BatchNorm2d(512), nn.Dropout(0.5), nn.Flatten(), nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512)
         )
 
     def forward(self, x):
-        return self.output_layer(self.body(self.input_layer(x)))
+        return self.output_layer(self.features(x))
 
 
 class Recognizer(nn.Module):
@@ -115,22 +127,15 @@ def sgd(net, head):
     )
 
 
-def prepare(work, form):
+def prepare(work, form, folder, threads):
     _, mode, batch = work.split("-")
     batch = int(batch)
-    layout = torch.contiguous_format if form == "contiguous" else torch.channels_last
-    net = Recognizer(50).to(memory_format=layout)
-    images = torch.randn(batch, 6, IMAGE_SIZE, IMAGE_SIZE).to(memory_format=layout)
-
+    net, images = Recognizer(50), torch.randn(batch, 6, IMAGE_SIZE, IMAGE_SIZE)
     if mode == "infer":
-        net.eval()
+        return inference.prepare(net, images, form, folder, threads), batch
 
-        def infer():
-            with torch.inference_mode():
-                net(images)
-
-        return infer, batch
-
+    layout = torch.contiguous_format if form == "contiguous" else torch.channels_last
+    net, images = net.to(memory_format=layout), images.to(memory_format=layout)
     head = ArcFace(512, NUM_CLASSES)
     labels = torch.randint(NUM_CLASSES, (batch,))
     optimizer = sgd(net, head)

@@ -241,6 +241,14 @@ class Discriminator(nn.Module):
     def forward(self, x):
         return self.net(x)
 
+    def features(self, x):
+        """The outputs of the blocks."""
+        x, features = self.net[0](x), []
+        for block in self.net[1:-1]:
+            x = block(x)
+            features.append(x)
+        return features
+
 
 def r1_penalty(d, real):
     """1/2 mean |d sum D(x) / dx|^2."""
@@ -285,15 +293,16 @@ def prepare(work, form):
         loss.backward()
         optimizer.step()
 
-    def step():
+    def g_step():
         d.requires_grad_(False)
         apply(adam_g, F.softplus(-d(g.synthesis(mixed_codes(g, batch)))).mean())
-        d.requires_grad_(True)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(g.parameters()), 0.005)
+
+    def d_step():
         with torch.no_grad():
             fake = g.synthesis(mixed_codes(g, batch))
         apply(adam_d, F.softplus(d(fake)).mean() + F.softplus(-d(real)).mean())
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(g.parameters()), 0.005)
 
     def r1():
         apply(adam_d, r1_penalty(d, real) * (4.0 * 16))
@@ -305,4 +314,5 @@ def prepare(work, form):
         mean = new_mean.detach()
         apply(adam_g, penalty * (2.0 * 4))
 
-    return {"gan-step": step, "gan-r1": r1, "gan-pl": pl}[work.rsplit("-", 1)[0]], batch
+    steps = {"gan-g": g_step, "gan-d": d_step, "gan-r1": r1, "gan-pl": pl}
+    return steps[work.rsplit("-", 1)[0]], batch

@@ -53,3 +53,12 @@ pub use modulation::modulated_conv2d;
 pub use normalization::{BatchStatistics, batch_norm, batch_norm_train};
 pub use resampling::{downsample_smooth, max_pool2d, subsample, upsample_smooth};
 pub use update::{AdamStep, SgdStep, adam_step, moving_average, sgd_step};
+
+/// The instruction set that the CPU kernels use: `avx512`, `avx2` or `portable`. The best of the processor, unless the
+/// environment variable `FACEPRIOR_ISA` names another.
+///
+/// # Errors
+/// The variable names none, or one that this processor lacks. Kernels panic then, so a program asks here first.
+pub fn instruction_set() -> Result<&'static str, String> {
+    kernels::Isa::chosen().map(kernels::Isa::name)
+}

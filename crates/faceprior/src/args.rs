@@ -300,7 +300,7 @@ pub struct Bench {
     /// What to time [default: everything that needs no pictures]
     #[arg(value_enum)]
     pub work: Vec<Work>,
-    /// Timed repetitions, after one to warm up
+    /// Timed repetitions, after two to warm up
     #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub runs: u32,
     /// Folder of pictures, for loader and align
@@ -320,15 +320,42 @@ pub enum Work {
     /// IR-SE-50 inference at 112², batch 32
     #[value(name = "ir50-infer-32")]
     Ir50Infer32,
-    /// One generator and one discriminator step at 64², batch 8
-    #[value(name = "gan-step-64")]
-    GanStep64,
+    /// MobileFaceNet inference at 112×96, one picture
+    #[value(name = "mobilefacenet-infer-1")]
+    MobileFaceNetInfer1,
+    /// MobileFaceNet inference at 112×96, batch 32
+    #[value(name = "mobilefacenet-infer-32")]
+    MobileFaceNetInfer32,
+    /// Generator step at 64², batch 8
+    #[value(name = "gan-g-64")]
+    GanG64,
+    /// Discriminator step at 64², batch 8
+    #[value(name = "gan-d-64")]
+    GanD64,
     /// R1 penalty and its gradient at 64², batch 8
     #[value(name = "gan-r1-64")]
     GanR164,
     /// Path-length penalty and its gradient at 64², batch 8
     #[value(name = "gan-pl-64")]
     GanPl64,
+    /// Generator step at 128², batch 8
+    #[value(name = "gan-g-128")]
+    GanG128,
+    /// Discriminator step at 128², batch 8
+    #[value(name = "gan-d-128")]
+    GanD128,
+    /// R1 penalty and its gradient at 128², batch 8
+    #[value(name = "gan-r1-128")]
+    GanR1128,
+    /// Path-length penalty and its gradient at 128², batch 8
+    #[value(name = "gan-pl-128")]
+    GanPl128,
+    /// Encoder training step of the recipe paper, batch 8
+    #[value(name = "encoder-step-8")]
+    EncoderStep8,
+    /// IR-50's 3×3 and strided convolutions one by one, each pass, batch 16; CPU kernels
+    #[value(name = "conv")]
+    Conv,
     /// Decode, resize to 128, random crop 112, flip, normalise; pictures a second on one thread
     #[value(name = "loader")]
     Loader,

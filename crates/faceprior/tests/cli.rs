@@ -126,6 +126,26 @@ fn an_unknown_device_and_a_missing_feature_are_told_apart() {
 }
 
 #[test]
+fn an_instruction_set_is_used_or_refused() {
+    let run = |isa: &str| {
+        Command::new(env!("CARGO_BIN_EXE_faceprior"))
+            .args(["doctor", "--json"])
+            .env("FACEPRIOR_ISA", isa)
+            .output()
+            .expect("the program starts")
+    };
+    assert!(stdout(&run("portable")).contains("\"kernels\":\"portable\""));
+    let refused = run("avx1024");
+    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(stdout(&refused), "");
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        error.contains("avx1024") && error.contains("portable") && error.contains("hint:"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_second_process_on_a_run_directory_is_turned_away() {
     let folder = tempfile::tempdir().expect("a folder");
     let recipe = Recipe::load("demo", &[]).expect("a recipe");

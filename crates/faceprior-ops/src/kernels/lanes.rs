@@ -16,10 +16,50 @@ pub(crate) enum Isa {
 }
 
 impl Isa {
-    /// The best instruction set of this processor.
+    /// The best instruction set of this processor, or the one that `FACEPRIOR_ISA` names.
+    ///
+    /// # Panics
+    /// Where [`chosen`](Self::chosen) is an error: nothing is computed on another set than the one asked for.
     pub(crate) fn best() -> Self {
         static BEST: OnceLock<Isa> = OnceLock::new();
-        *BEST.get_or_init(|| Self::available()[0])
+        *BEST.get_or_init(|| Self::chosen().unwrap_or_else(|problem| panic!("{problem}")))
+    }
+
+    /// What [`best`](Self::best) is.
+    ///
+    /// # Errors
+    /// `FACEPRIOR_ISA` names no instruction set, or one that this processor lacks.
+    pub(crate) fn chosen() -> Result<Self, String> {
+        match std::env::var_os("FACEPRIOR_ISA") {
+            Some(name) => Self::named(&name.to_string_lossy()),
+            None => Ok(Self::available()[0]),
+        }
+    }
+
+    fn named(name: &str) -> Result<Self, String> {
+        let sets = Self::available();
+        sets.iter()
+            .copied()
+            .find(|set| set.name() == name)
+            .ok_or_else(|| {
+                let names: Vec<&str> = sets.iter().map(|set| set.name()).collect();
+                format!(
+                    "FACEPRIOR_ISA is {name:?}, expected one that this processor has: {}\n\
+                 hint: leave it unset for the best of them",
+                    names.join(", ")
+                )
+            })
+    }
+
+    /// The name that `FACEPRIOR_ISA` knows it by.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "avx2",
+            Self::Portable => "portable",
+        }
     }
 
     /// Every instruction set of this processor, best first.
@@ -540,6 +580,20 @@ mod tests {
                     values
                 })
             }
+        }
+    }
+
+    #[test]
+    fn instruction_sets_go_by_their_names_only() {
+        for isa in Isa::available() {
+            assert_eq!(Isa::named(isa.name()), Ok(isa));
+        }
+        for name in ["", "AVX2", "sse2"] {
+            let error = Isa::named(name).unwrap_err();
+            assert!(
+                error.contains(&format!("{name:?}")) && error.contains("portable"),
+                "{error}"
+            );
         }
     }
 

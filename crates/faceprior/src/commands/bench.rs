@@ -6,25 +6,31 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use clap::ValueEnum;
-use faceprior::data::{Dataset, ImageList, Loader, LoaderConfig, Position, Transform};
+use faceprior::data::{Batch, Dataset, ImageList, Loader, LoaderConfig, Position, SyntheticFaces, Transform};
 use faceprior::faces::{AlignOptions, AlignSettings, Crops, Which, align};
 use faceprior::nets::heads::{HeadConfig, HeadKind, Margin};
 use faceprior::nets::init::Init;
 use faceprior::nets::irse::{Depth, RecognizerConfig};
 use faceprior::nets::layers::Mode;
 use faceprior::nets::losses;
+use faceprior::nets::mobilefacenet::MobileFaceNetConfig;
 use faceprior::nets::stylegan2::regularizers::{path_length_penalty, r1_penalty};
 use faceprior::nets::stylegan2::{
-    Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, Noise, discriminator_loss,
+    Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, Noise, Prior, discriminator_loss,
     generator_loss, normal,
 };
+use faceprior::ops::bench::Convolution;
 use faceprior::train::optim::{Optimizer, all_but_batch_norm, update_average};
+use faceprior::train::recipe::Recipe;
+use faceprior::train::schedule::Clock;
+use faceprior::train::stages::Stage;
+use faceprior::train::stages::encoder::EncoderStage;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use serde::Serialize;
@@ -35,41 +41,95 @@ use crate::args::{self, Work};
 #[derive(Serialize)]
 struct Timing {
     work: String,
-    /// Seconds of each iteration.
-    runs: Vec<f64>,
+    #[serde(flatten)]
+    seconds: Seconds,
     items_per_iteration: usize,
     /// Highest resident memory of the process so far, in bytes; `null` where the system does not tell.
     peak_bytes: Option<u64>,
     device: String,
+    /// Which instructions the CPU kernels used.
+    isa: &'static str,
     version: &'static str,
 }
 
+/// Seconds of each iteration.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Seconds {
+    One { runs: Vec<f64> },
+    Several { cases: Vec<Case> },
+}
+
+/// One of several things that a work times.
+#[derive(Serialize)]
+struct Case {
+    name: String,
+    runs: Vec<f64>,
+}
+
 impl Timing {
-    fn median(&self) -> f64 {
-        let mut runs = self.runs.clone();
+    fn print(&self) {
+        match &self.seconds {
+            Seconds::One { runs } => self.print_line(&self.work, runs),
+            Seconds::Several { cases } => {
+                for Case { name, runs } in cases {
+                    self.print_line(&format!("{} {name}", self.work), runs);
+                }
+            }
+        }
+    }
+
+    fn print_line(&self, name: &str, runs: &[f64]) {
+        let mut runs = runs.to_vec();
         runs.sort_by(f64::total_cmp);
-        runs[runs.len() / 2]
+        let median = runs[runs.len() / 2];
+        let speed = self.items_per_iteration as f64 / median;
+        println!("{name:<40} {speed:>9.2} items/s  {median:>9.4} s");
     }
 }
 
 /// Pictures of the StyleGAN2 work.
 const GAN_BATCH: usize = 8;
-/// Side of its pictures.
-const GAN_SIZE: usize = 64;
 /// Adam's rate in it.
 const GAN_RATE: f64 = 0.002;
 /// Iterations before the first that counts.
 const WARM_UP: usize = 2;
 /// Identities of the recogniser's head.
 const CLASSES: usize = 1000;
+/// Pictures of a convolution.
+const CONVOLUTION_BATCH: usize = 16;
+/// What a run of one convolution takes at least: it is repeated until then.
+const CONVOLUTION_SECONDS: f64 = 0.1;
+
+/// IR-50's convolutions but the first: side of the kernel, channels in and out, side of the input, stride.
+const CONVOLUTIONS: [(usize, [usize; 2], usize, usize); 15] = [
+    (3, [64, 64], 112, 1),
+    (3, [64, 64], 56, 1),
+    (3, [64, 128], 56, 1),
+    (3, [128, 128], 28, 1),
+    (3, [128, 256], 28, 1),
+    (3, [256, 256], 14, 1),
+    (3, [256, 512], 14, 1),
+    (3, [512, 512], 7, 1),
+    (3, [64, 64], 112, 2),
+    (3, [128, 128], 56, 2),
+    (3, [256, 256], 28, 2),
+    (3, [512, 512], 14, 2),
+    (1, [64, 128], 56, 2),
+    (1, [128, 256], 28, 2),
+    (1, [256, 512], 14, 2),
+];
 
 pub fn run(context: &Context, arguments: args::Bench) -> Result<()> {
     let device = context.open_device()?;
     let works = if arguments.work.is_empty() {
-        let needs_pictures = |work: &Work| matches!(work, Work::Loader | Work::Align);
+        let possible = |work: &Work| match work {
+            Work::Loader | Work::Align => arguments.data.is_some(),
+            Work::Conv => is_cpu(&device),
+            _ => true,
+        };
         let all = Work::value_variants().iter().copied();
-        all.filter(|work| arguments.data.is_some() || !needs_pictures(work))
-            .collect()
+        all.filter(possible).collect()
     } else {
         arguments.work
     };
@@ -86,24 +146,19 @@ pub fn run(context: &Context, arguments: args::Bench) -> Result<()> {
             .map(|value| value.get_name().to_owned())
             .unwrap_or_default();
         let data = arguments.data.as_deref();
-        let (items, runs) = time(work, arguments.runs as usize, data, &device)
+        let (items, seconds) = time(work, arguments.runs as usize, data, &device)
             .with_context(|| format!("cannot time {name}"))?;
         let timing = Timing {
             work: name,
-            runs,
+            seconds,
             items_per_iteration: items,
             peak_bytes: peak_bytes(),
             device: faceprior::device::describe(&device),
+            isa: faceprior::ops::instruction_set().map_err(anyhow::Error::msg)?,
             version: env!("CARGO_PKG_VERSION"),
         };
         if !context.json {
-            let median = timing.median();
-            println!(
-                "{:<14} {:>9.2} items/s  {:>9.4} s",
-                timing.work,
-                items as f64 / median,
-                median
-            );
+            timing.print();
         }
         timings.push(timing);
     }
@@ -113,27 +168,50 @@ pub fn run(context: &Context, arguments: args::Bench) -> Result<()> {
     }
 }
 
+fn is_cpu(device: &Device) -> bool {
+    faceprior::device::describe(device) == "cpu"
+}
+
 /// Items of an iteration, and seconds of each.
-fn time(work: Work, runs: usize, data: Option<&Path>, device: &Device) -> Result<(usize, Vec<f64>)> {
+fn time(work: Work, runs: usize, data: Option<&Path>, device: &Device) -> Result<(usize, Seconds)> {
     let data = || data.ok_or_else(|| anyhow!("it needs pictures\nhint: give a folder of them with --data"));
-    match work {
-        Work::Ir50Train16 => Ok((16, repeat(runs, device, recognizer_step(16, device))?)),
-        Work::Ir50Infer1 => Ok((1, repeat(runs, device, recognizer_inference(1, device))?)),
-        Work::Ir50Infer32 => Ok((32, repeat(runs, device, recognizer_inference(32, device))?)),
-        Work::GanStep64 => Ok((GAN_BATCH, repeat(runs, device, gan_step(device))?)),
-        Work::GanR164 => Ok((GAN_BATCH, repeat(runs, device, r1_step(device))?)),
-        Work::GanPl64 => Ok((GAN_BATCH, repeat(runs, device, path_length_step(device))?)),
-        Work::Loader => loader(runs, data()?),
-        Work::Align => alignment(runs, data()?),
-    }
+    let (items, runs) = match work {
+        Work::Ir50Train16 => (16, repeat(runs, device, recognizer_step(16, device))?),
+        Work::Ir50Infer1 => (1, repeat(runs, device, recognizer_inference(1, device))?),
+        Work::Ir50Infer32 => (32, repeat(runs, device, recognizer_inference(32, device))?),
+        Work::MobileFaceNetInfer1 => (1, repeat(runs, device, mobilefacenet_inference(1, device))?),
+        Work::MobileFaceNetInfer32 => (32, repeat(runs, device, mobilefacenet_inference(32, device))?),
+        Work::GanG64 => (GAN_BATCH, repeat(runs, device, generator_step(64, device))?),
+        Work::GanD64 => (GAN_BATCH, repeat(runs, device, discriminator_step(64, device))?),
+        Work::GanR164 => (GAN_BATCH, repeat(runs, device, r1_step(64, device))?),
+        Work::GanPl64 => (GAN_BATCH, repeat(runs, device, path_length_step(64, device))?),
+        Work::GanG128 => (GAN_BATCH, repeat(runs, device, generator_step(128, device))?),
+        Work::GanD128 => (GAN_BATCH, repeat(runs, device, discriminator_step(128, device))?),
+        Work::GanR1128 => (GAN_BATCH, repeat(runs, device, r1_step(128, device))?),
+        Work::GanPl128 => (GAN_BATCH, repeat(runs, device, path_length_step(128, device))?),
+        Work::EncoderStep8 => (8, repeat(runs, device, encoder_step(8, device)?)?),
+        Work::Conv => {
+            if !is_cpu(device) {
+                bail!(
+                    "the device is {}, expected cpu: it times the CPU's kernels\nhint: give --device cpu",
+                    faceprior::device::describe(device)
+                );
+            }
+            let cases = convolutions(runs);
+            return Ok((CONVOLUTION_BATCH, Seconds::Several { cases }));
+        }
+        Work::Loader => loader(runs, data()?)?,
+        Work::Align => alignment(runs, data()?)?,
+    };
+    Ok((items, Seconds::One { runs }))
 }
 
 /// Seconds of each of `runs` calls, after those to warm up.
-fn repeat(runs: usize, device: &Device, mut iteration: impl FnMut()) -> Result<Vec<f64>> {
+fn repeat(runs: usize, device: &Device, mut iteration: impl FnMut() -> Result<()>) -> Result<Vec<f64>> {
     let mut seconds = Vec::with_capacity(runs);
     for run in 0..WARM_UP + runs {
         let start = Instant::now();
-        iteration();
+        iteration()?;
         device
             .sync()
             .map_err(|error| anyhow!("the device failed: {error:?}"))?;
@@ -144,25 +222,39 @@ fn repeat(runs: usize, device: &Device, mut iteration: impl FnMut()) -> Result<V
     Ok(seconds)
 }
 
-fn pictures(n: usize, channels: usize, size: usize, device: &Device) -> Tensor<4> {
-    let values = (0..n * channels * size * size).map(|at| ((at * 37 % 255) as f32 - 127.0) / 127.5);
-    Tensor::from_data(
-        TensorData::new(values.collect(), [n, channels, size, size]),
-        device,
-    )
+fn pictures(shape: [usize; 4], device: &Device) -> Tensor<4> {
+    Tensor::from_data(TensorData::new(values(shape), shape), device)
 }
 
-fn recognizer_inference(batch: usize, device: &Device) -> impl FnMut() + use<> {
+fn values(shape: [usize; 4]) -> Vec<f32> {
+    (0..shape.iter().product())
+        .map(|at: usize| ((at * 37 % 255) as f32 - 127.0) / 127.5)
+        .collect()
+}
+
+fn recognizer_inference(batch: usize, device: &Device) -> impl FnMut() -> Result<()> + use<> {
     let network = RecognizerConfig::from_encoder(Depth::D50)
         .init(&mut Init::new(1, device))
         .valid();
-    let images = pictures(batch, 6, 112, device);
+    let images = pictures([batch, 6, 112, 112], device);
     move || {
         network.forward(images.clone(), Mode::Eval);
+        Ok(())
     }
 }
 
-fn recognizer_step(batch: usize, device: &Device) -> impl FnMut() + use<> {
+fn mobilefacenet_inference(batch: usize, device: &Device) -> impl FnMut() -> Result<()> + use<> {
+    let config = MobileFaceNetConfig::default();
+    let [height, width] = config.image_size;
+    let network = config.init(&mut Init::new(1, device)).valid();
+    let images = pictures([batch, 3, height, width], device);
+    move || {
+        network.forward(images.clone(), Mode::Eval);
+        Ok(())
+    }
+}
+
+fn recognizer_step(batch: usize, device: &Device) -> impl FnMut() -> Result<()> + use<> {
     let device = device.clone().autodiff();
     let mut network = RecognizerConfig::from_encoder(Depth::D50).init(&mut Init::new(1, &device));
     let head = HeadConfig {
@@ -173,7 +265,7 @@ fn recognizer_step(batch: usize, device: &Device) -> impl FnMut() + use<> {
     let mut head = head.init(&mut Init::new(2, &device));
     let optimizer = || Optimizer::sgd(0.9, 2e-3, all_but_batch_norm);
     let (mut network_optimizer, mut head_optimizer) = (optimizer(), optimizer());
-    let images = pictures(batch, 6, 112, &device);
+    let images = pictures([batch, 6, 112, 112], &device);
     let labels: Vec<i64> = (0..batch as i64).collect();
     let labels = Tensor::<1, Int>::from_data(TensorData::new(labels, [batch]), &device);
     let margin = Margin {
@@ -186,11 +278,13 @@ fn recognizer_step(batch: usize, device: &Device) -> impl FnMut() + use<> {
         let mut gradients = losses::focal(logits, labels.clone(), 2.0).backward();
         network = network_optimizer.step(network.clone(), &mut gradients, 0.03);
         head = head_optimizer.step(head.clone(), &mut gradients, 0.03);
+        Ok(())
     }
 }
 
 /// Stage 1 at the published widths.
 struct Gan {
+    size: usize,
     device: Device,
     generator: Generator,
     average: Generator,
@@ -201,17 +295,18 @@ struct Gan {
 }
 
 impl Gan {
-    fn new(device: &Device) -> Self {
+    /// For pictures of `size`².
+    fn new(size: usize, device: &Device) -> Self {
         let device = device.clone().autodiff();
         let generator = GeneratorConfig {
-            resolution: GAN_SIZE,
+            resolution: size,
             latent_dim: 512,
             mapping_layers: 8,
             channel_base: 16384,
             channel_max: 512,
         };
         let discriminator = DiscriminatorConfig {
-            resolution: GAN_SIZE,
+            resolution: size,
             channel_base: 16384,
             channel_max: 512,
         };
@@ -224,21 +319,27 @@ impl Gan {
             generator_optimizer: optimizer(),
             discriminator_optimizer: optimizer(),
             rng: ChaCha8Rng::seed_from_u64(3),
+            size,
             device,
         }
     }
 
-    fn mapped(&mut self) -> Tensor<2> {
-        self.generator
+    fn reals(&self) -> Tensor<4> {
+        pictures([GAN_BATCH, 3, self.size, self.size], &self.device)
+    }
+
+    fn mapped(&mut self, generator: &Generator) -> Tensor<2> {
+        let device = self.device.clone().without_autodiff();
+        generator
             .mapping
-            .forward(normal(&mut self.rng, [GAN_BATCH, 512], &self.device))
+            .forward(normal(&mut self.rng, [GAN_BATCH, 512], &device))
     }
 
     /// Pictures of two mixed codes.
-    fn fakes(&mut self) -> Tensor<4> {
-        let (first, second) = (self.mapped(), self.mapped());
-        let codes = self.generator.mixed_codes(first, second, 4);
-        self.generator
+    fn fakes(&mut self, generator: &Generator) -> Tensor<4> {
+        let (first, second) = (self.mapped(generator), self.mapped(generator));
+        let codes = generator.mixed_codes(first, second, 4);
+        generator
             .synthesis
             .forward(codes, Noise::Random(self.rng.clone()))
     }
@@ -258,44 +359,139 @@ impl Gan {
     }
 }
 
-fn gan_step(device: &Device) -> impl FnMut() + use<> {
-    let mut gan = Gan::new(device);
-    let real = pictures(GAN_BATCH, 3, GAN_SIZE, &gan.device);
+fn generator_step(size: usize, device: &Device) -> impl FnMut() -> Result<()> + use<> {
+    let mut gan = Gan::new(size, device);
     move || {
-        let fake = gan.fakes();
-        gan.step_generator(generator_loss(gan.discriminator.forward(fake)));
-        let fake = gan.fakes().detach();
-        let logits = gan.discriminator.forward(real.clone());
-        gan.step_discriminator(discriminator_loss(gan.discriminator.forward(fake), logits));
+        let fakes = gan.fakes(&gan.generator.clone());
+        gan.step_generator(generator_loss(gan.discriminator.valid().forward(fakes)));
         gan.average = update_average(gan.average.clone(), &gan.generator, 0.995);
+        Ok(())
     }
 }
 
-fn r1_step(device: &Device) -> impl FnMut() + use<> {
-    let mut gan = Gan::new(device);
-    let real = pictures(GAN_BATCH, 3, GAN_SIZE, &gan.device);
+fn discriminator_step(size: usize, device: &Device) -> impl FnMut() -> Result<()> + use<> {
+    let mut gan = Gan::new(size, device);
+    let reals = gan.reals();
     move || {
-        let penalty = r1_penalty(&gan.discriminator, real.clone());
+        let fakes = gan.fakes(&gan.generator.valid());
+        let on_fakes = gan.discriminator.forward(fakes.autodiff());
+        let on_reals = gan.discriminator.forward(reals.clone());
+        gan.step_discriminator(discriminator_loss(on_fakes, on_reals));
+        Ok(())
+    }
+}
+
+fn r1_step(size: usize, device: &Device) -> impl FnMut() -> Result<()> + use<> {
+    let mut gan = Gan::new(size, device);
+    let reals = gan.reals();
+    move || {
+        let penalty = r1_penalty(&gan.discriminator, reals.clone());
         gan.step_discriminator(penalty.surrogate.mul_scalar(64.0));
+        Ok(())
     }
 }
 
-fn path_length_step(device: &Device) -> impl FnMut() + use<> {
-    let mut gan = Gan::new(device);
-    let shape = [GAN_BATCH, 3, GAN_SIZE, GAN_SIZE];
-    let directions = normal(&mut gan.rng, shape, &gan.device).div_scalar(GAN_SIZE as f32);
+fn path_length_step(size: usize, device: &Device) -> impl FnMut() -> Result<()> + use<> {
+    let mut gan = Gan::new(size, device);
     move || {
-        let w = gan.mapped();
+        let shape = [GAN_BATCH, 3, size, size];
+        let plain = gan.device.clone().without_autodiff();
+        let directions = normal(&mut gan.rng, shape, &plain).div_scalar(size as f32);
+        let w = gan.mapped(&gan.generator.clone());
+        let noise = Noise::Random(gan.rng.clone());
         let codes = gan.generator.codes(w);
-        let penalty = path_length_penalty(
-            &gan.generator.synthesis,
-            codes,
-            directions.clone(),
-            Noise::Constant,
-            0.7,
-        );
+        let penalty = path_length_penalty(&gan.generator.synthesis, codes, directions, noise, 0.7);
         gan.step_generator(penalty.surrogate.mul_scalar(8.0));
+        Ok(())
     }
+}
+
+/// Stage 2 of the recipe `paper`, on a prior of random weights.
+fn encoder_step(batch: usize, device: &Device) -> Result<impl FnMut() -> Result<()> + use<>> {
+    let recipe = Recipe::load("paper", &["encoder.validation_images=1".to_owned()])?;
+    let prior = &recipe.prior;
+    let generator = GeneratorConfig {
+        resolution: prior.resolution,
+        latent_dim: prior.latent_dim,
+        mapping_layers: prior.mapping_layers,
+        channel_base: prior.channel_base,
+        channel_max: prior.channel_max,
+    };
+    let discriminator = DiscriminatorConfig {
+        resolution: prior.resolution,
+        channel_base: prior.channel_base,
+        channel_max: prior.channel_max,
+    };
+    let generator = generator.init(&mut Init::new(1, device));
+    let latent_avg = Tensor::zeros([prior.latent_dim], device);
+    let mut stage = EncoderStage::new(
+        &recipe,
+        &Prior {
+            average_image: generator.picture_of(latent_avg.clone()),
+            latent_avg,
+            generator,
+        }
+        .to_weights(),
+        &discriminator.init(&mut Init::new(2, device)).to_weights(),
+        Arc::new(SyntheticFaces::new(1, 2, 1, 32)), // not looked at: the batches are made up
+        device,
+    )?;
+    let size = recipe.backbone.image_size;
+    let shape = [batch, 3, size, size];
+    let images = values(shape);
+    let mut clock = Clock {
+        seed: recipe.seed,
+        step: 0,
+        images: 0,
+        total_images: recipe.encoder.budget.images,
+        epoch: 0,
+    };
+    Ok(move || {
+        let batch = Batch {
+            images: images.clone(),
+            shape,
+            labels: Vec::new(),
+            indices: (0..batch).collect(),
+            position: Position::default(),
+            wait: Duration::ZERO,
+        };
+        stage.step(batch, &clock)?;
+        clock.step += 1;
+        Ok(())
+    })
+}
+
+/// Each pass of each convolution on its own.
+fn convolutions(runs: usize) -> Vec<Case> {
+    type Pass = fn(&mut Convolution);
+    const PASSES: [(&str, Pass); 3] = [
+        ("forward", Convolution::forward),
+        ("data-gradient", Convolution::data_gradient),
+        ("weight-gradient", Convolution::weight_gradient),
+    ];
+    let mut cases = Vec::new();
+    for (kernel, channels @ [inputs, outputs], size, stride) in CONVOLUTIONS {
+        for (name, pass) in PASSES {
+            let mut convolution = Convolution::new(CONVOLUTION_BATCH, channels, size, kernel, stride);
+            cases.push(Case {
+                name: format!("{kernel}x{kernel}-{inputs}x{outputs}-{size}-s{stride}-{name}"),
+                runs: repeat_short(runs, || pass(&mut convolution)),
+            });
+        }
+    }
+    cases
+}
+
+/// Seconds of a call in each of `runs` runs, which have as many calls as take [`CONVOLUTION_SECONDS`].
+fn repeat_short(runs: usize, mut call: impl FnMut()) -> Vec<f64> {
+    let mut seconds_of = |calls: u32| {
+        let start = Instant::now();
+        (0..calls).for_each(|_| call());
+        start.elapsed().as_secs_f64() / f64::from(calls)
+    };
+    let warm_up = (0..WARM_UP).map(|_| seconds_of(1)).last().unwrap_or_default();
+    let calls = (CONVOLUTION_SECONDS / warm_up).ceil().clamp(1.0, 1e6) as u32;
+    (0..runs).map(|_| seconds_of(calls)).collect()
 }
 
 /// The pictures of a folder, each once, through one worker of the loader.

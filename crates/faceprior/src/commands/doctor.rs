@@ -14,6 +14,7 @@ struct Findings {
     threads: usize,
     processor: String,
     instructions: Vec<&'static str>,
+    kernels: &'static str,
     features: Vec<&'static str>,
     devices: Vec<Usable>,
     programs: Vec<Usable>,
@@ -35,6 +36,7 @@ pub fn run(context: &Context) -> Result<()> {
         threads: rayon::current_num_threads(),
         processor: device::processor(),
         instructions: instructions(),
+        kernels: faceprior::ops::instruction_set().map_err(anyhow::Error::msg)?,
         features: device::built_features(),
         devices: devices(),
         programs: vec![
@@ -57,6 +59,10 @@ pub fn run(context: &Context) -> Result<()> {
     println!("threads       {}", findings.threads);
     println!("processor     {}", findings.processor);
     println!("instructions  {}", findings.instructions.join(", "));
+    println!(
+        "kernels       {} (FACEPRIOR_ISA chooses another)",
+        findings.kernels
+    );
     let features = if findings.features.is_empty() {
         "cpu only".to_owned()
     } else {

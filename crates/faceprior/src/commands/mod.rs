@@ -39,6 +39,7 @@ impl Context {
 }
 
 pub fn run(arguments: Arguments) -> Result<()> {
+    faceprior::ops::instruction_set().map_err(anyhow::Error::msg)?;
     let threads = arguments.threads.map(usize::from);
     if let Some(threads) = threads {
         rayon::ThreadPoolBuilder::new()
