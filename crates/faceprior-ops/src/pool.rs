@@ -37,16 +37,17 @@ unsafe impl Sync for Buffer {}
 impl Buffer {
     /// Takes a buffer of `length` floats with unspecified values.
     pub(crate) fn take(length: usize) -> Self {
-        let capacity = size_class(length * size_of::<f32>());
-        let kept = state().take(capacity);
-        let allocation = kept.map_or_else(
+        let wanted = size_class(length * size_of::<f32>());
+        let kept = state().take(wanted);
+        let (capacity, allocation) = kept.map_or_else(
             || {
-                let layout = layout(capacity);
+                let layout = layout(wanted);
                 // SAFETY: the layout is not empty. Zeroed, so that every float is initialised from the beginning.
                 let allocation = unsafe { alloc_zeroed(layout) };
-                NonNull::new(allocation).unwrap_or_else(|| handle_alloc_error(layout))
+                let allocation = NonNull::new(allocation).unwrap_or_else(|| handle_alloc_error(layout));
+                (wanted, allocation)
             },
-            |Kept(allocation)| allocation,
+            |(capacity, Kept(allocation))| (capacity, allocation),
         );
         Self {
             allocation,
@@ -146,10 +147,15 @@ fn state() -> MutexGuard<'static, State> {
 }
 
 impl State {
-    fn take(&mut self, capacity: usize) -> Option<Kept> {
+    /// The smallest kept buffer that holds `wanted` bytes and wastes at most a quarter of them, and its capacity.
+    fn take(&mut self, wanted: usize) -> Option<(usize, Kept)> {
+        let kept = self
+            .kept
+            .range_mut(wanted..=wanted + wanted / 4)
+            .find_map(|(capacity, class)| class.pop().map(|memory| (*capacity, memory)));
+        let capacity = kept.as_ref().map_or(wanted, |(capacity, _)| *capacity);
         self.bytes_in_use += capacity;
         self.most_in_use = self.most_in_use.max(self.bytes_in_use);
-        let kept = self.kept.get_mut(&capacity).and_then(Vec::pop);
         match &kept {
             Some(_) => self.bytes_kept -= capacity,
             None => release(self.surplus()),
@@ -230,7 +236,7 @@ mod tests {
         assert!(state.take(64).is_none());
         assert!(state.give(128, memory()).is_empty());
         assert!(state.give(64, memory()).is_empty());
-        assert!(state.take(64).is_some());
+        assert!(state.take(64).is_some_and(|(capacity, _)| capacity == 64));
         assert_eq!((state.bytes_in_use, state.bytes_kept), (64, 128));
         // Other sizes: 64 in use, 128 kept and 48 new are within 240, five quarters of the 192 once in use.
         state.bytes_in_use += 48;
@@ -238,6 +244,15 @@ mod tests {
         state.bytes_in_use += 16;
         assert_eq!(state.surplus().iter().map(|kept| kept.0).sum::<usize>(), 128);
         assert_eq!((state.bytes_in_use, state.bytes_kept), (128, 0));
+    }
+
+    #[test]
+    fn a_somewhat_larger_buffer_serves_too() {
+        let mut state = State::default();
+        assert!(state.take(1280).is_none());
+        assert!(state.give(1280, Kept(NonNull::dangling())).is_empty());
+        assert!(state.take(64).is_none());
+        assert!(state.take(1024).is_some_and(|(capacity, _)| capacity == 1280));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 
 use super::lanes::{Isa, Kernel, Lanes};
 use super::load::{AsIs, Load, Read};
-use super::tile::{Runs, Strides, multiply};
+use super::tile::{Row, Runs, Strides, multiply};
 use super::weights::{Columns, WeightShape, WeightTile};
 use super::{BLOCK, Shared, parallel};
 use crate::pool::Buffer;
@@ -248,7 +248,7 @@ impl Kernel for PackBlock<'_> {
             side.read::<L>(&mut tile, weight, column_block, inner_block);
             for tap in 0..shape.taps {
                 for row in 0..length {
-                    let lanes = L::load(side.row(&mut tile, row, tap).as_ptr());
+                    let lanes = L::load(side.row(&mut tile, row, tap));
                     lanes.store(to.at(start + (tap * length + row) * width));
                 }
             }
@@ -470,32 +470,38 @@ impl Kernel for ProductTask<'_> {
             length,
         };
         let strides = Strides {
-            a_row: p.source_pixel,
             a_inner: 1,
             b_inner: width,
             b_block: BLOCK,
-            c_row: p.pixel,
             c_block: p.plane,
         };
+        let pixels: Vec<_> = rows
+            .flat_map(|row| pixels.clone().map(move |pixel| (row, pixel)))
+            .map(|(row, pixel)| Row {
+                a: row * p.source_row + pixel * p.source_pixel,
+                c: row * p.row + pixel * p.pixel,
+            })
+            .collect();
         let group_start = group * L::TILE_BLOCKS * BLOCK * p.source_blocks * p.num_taps * length;
         // SAFETY: the caller promises the instructions. The source is padded so that every tap of every output pixel
         // lies inside it; tasks write disjoint pixels and channels of `y`.
         unsafe {
-            let source = p
+            let a = p
                 .source
                 .as_ptr()
                 .wrapping_add(picture * p.source_blocks * p.source_plane);
             let b = p.panels.as_ptr().wrapping_add(group_start);
             let first_plane = (picture * p.blocks + group * L::TILE_BLOCKS) * p.plane;
-            for row in rows {
-                let a = source.wrapping_add(row * p.source_row + pixels.start * p.source_pixel);
-                let c =
-                    p.y.at(first_plane + p.first + row * p.row + pixels.start * p.pixel);
-                multiply::<L>(pixels.len(), blocks, runs, strides, a, b, c, false);
+            let c = p.y.at(first_plane + p.first);
+            for pixels in pixels.chunks(MAX_ROWS) {
+                multiply::<L>(pixels, blocks, runs, strides, a, b, c, false);
             }
         }
     }
 }
+
+/// Pixels for which sums go back to memory between parts of the inner dimension: 64 channels of them take 64 KiB.
+const MAX_ROWS: usize = 252;
 
 /// Pictures are summed in at most this many parts.
 const MAX_PARTS: usize = 16;
@@ -655,21 +661,29 @@ impl Kernel for WeightGradientTask<'_> {
         let blocks = L::TILE_BLOCKS.min(g.out_blocks() - group * L::TILE_BLOCKS);
         let plane = oh * ow * BLOCK;
         let strides = Strides {
-            a_row: 1,
             a_inner: g.stride * BLOCK,
             b_inner: BLOCK,
             b_block: plane,
-            c_row: columns,
             c_block: BLOCK,
         };
+        let rows: Vec<_> = (taps.start * inputs..taps.end * inputs)
+            .map(|row| {
+                let (tap, input) = (row / inputs, row % inputs);
+                let tap = (tap / g.kernel[1] * source_w + tap % g.kernel[1]) * BLOCK;
+                Row {
+                    a: input / BLOCK * source_plane + tap + input % BLOCK,
+                    c: row * columns,
+                }
+            })
+            .collect();
         let first_column = group * L::TILE_BLOCKS * BLOCK;
         // SAFETY: the caller promises the instructions. Every tap of every output pixel lies inside the padded
         // source; this task alone writes its columns of its part's sums.
         unsafe {
             let sums = sums.at(start + first_column);
-            for row in taps.start * inputs..taps.end * inputs {
+            for row in &rows {
                 for block in 0..blocks {
-                    L::zero().store(sums.wrapping_add(row * columns + block * BLOCK));
+                    L::zero().store(sums.wrapping_add(row.c + block * BLOCK));
                 }
             }
             // A chunk is some whole pictures, some whole rows of one, or a piece of a row.
@@ -695,15 +709,7 @@ impl Kernel for WeightGradientTask<'_> {
                             offsets: &offsets,
                             length: chunk_pixels.min(ow - pixel),
                         };
-                        for tap in taps.clone() {
-                            let offset = (tap / g.kernel[1] * source_w + tap % g.kernel[1]) * BLOCK;
-                            for block in 0..g.in_blocks() {
-                                let a = source.wrapping_add(block * source_plane + offset);
-                                let c = sums.wrapping_add((tap * inputs + block * BLOCK) * columns);
-                                let rows = BLOCK.min(inputs - block * BLOCK);
-                                multiply::<L>(rows, blocks, runs, strides, a, dy, c, true);
-                            }
-                        }
+                        multiply::<L>(&rows, blocks, runs, strides, source, dy, sums, true);
                     }
                 }
             }

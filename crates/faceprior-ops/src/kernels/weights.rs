@@ -18,6 +18,8 @@ pub(crate) struct WeightShape {
 /// A tile of sixteen inputs by sixteen outputs, `[16 inputs][taps][16 outputs]`; zeros beyond the last channel.
 pub(crate) struct WeightTile {
     values: Vec<f32>,
+    /// The same as `[16 outputs][taps][16 inputs]`, once turned.
+    turned: Vec<f32>,
     shape: WeightShape,
 }
 
@@ -26,6 +28,7 @@ impl WeightTile {
     pub(crate) fn new(shape: WeightShape) -> Self {
         Self {
             values: vec![0.0; BLOCK * BLOCK * shape.taps],
+            turned: Vec::new(),
             shape,
         }
     }
@@ -120,17 +123,33 @@ impl WeightTile {
             .expect("sixteen floats")
     }
 
+    /// Makes ready for [`inputs`](Self::inputs).
+    ///
+    /// # Safety
+    /// The processor must have the instructions of `L`.
+    #[inline(always)]
+    unsafe fn turn<L: Lanes>(&mut self) {
+        self.turned.resize(self.values.len(), 0.0);
+        let (from, to) = (self.values.as_ptr(), self.turned.as_mut_ptr());
+        for tap in 0..self.shape.taps {
+            let at = |channel: usize| (channel * self.shape.taps + tap) * BLOCK;
+            // SAFETY: the caller promises the instructions; both tiles have sixteen channels by sixteen.
+            unsafe {
+                let mut square = [L::zero(); BLOCK];
+                for (input, lanes) in square.iter_mut().enumerate() {
+                    *lanes = L::load(from.wrapping_add(at(input)));
+                }
+                for (output, lanes) in L::transpose(square).into_iter().enumerate() {
+                    lanes.store(to.wrapping_add(at(output)));
+                }
+            }
+        }
+    }
+
     /// One tap from sixteen inputs to one output: a row of a data gradient's columns.
     #[inline(always)]
-    fn inputs(&self, output: usize, tap: usize) -> [f32; BLOCK] {
-        let mut lanes = [0.0; BLOCK];
-        let values = self.values[tap * BLOCK + output..]
-            .iter()
-            .step_by(self.shape.taps * BLOCK);
-        for (lane, value) in lanes.iter_mut().zip(values) {
-            *lane = *value;
-        }
-        lanes
+    fn inputs(&self, output: usize, tap: usize) -> *const f32 {
+        self.turned[(output * self.shape.taps + tap) * BLOCK..][..BLOCK].as_ptr()
     }
 }
 
@@ -168,16 +187,19 @@ impl Columns {
         unsafe {
             match self {
                 Self::Outputs => tile.read::<L>(weight, column_block, row_block),
-                Self::Inputs => tile.read::<L>(weight, row_block, column_block),
+                Self::Inputs => {
+                    tile.read::<L>(weight, row_block, column_block);
+                    tile.turn::<L>();
+                }
             }
         }
     }
 
-    /// One tap of sixteen columns for one row of the tile.
+    /// Where one tap of sixteen columns for one row of the tile that was read starts.
     #[inline(always)]
-    pub(crate) fn row(self, tile: &mut WeightTile, row: usize, tap: usize) -> [f32; BLOCK] {
+    pub(crate) fn row(self, tile: &mut WeightTile, row: usize, tap: usize) -> *const f32 {
         match self {
-            Self::Outputs => *tile.outputs(row, tap),
+            Self::Outputs => tile.outputs(row, tap).as_ptr(),
             Self::Inputs => tile.inputs(row, tap),
         }
     }

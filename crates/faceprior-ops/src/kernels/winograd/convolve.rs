@@ -7,7 +7,7 @@
 
 use super::super::lanes::{Isa, Kernel, Lanes};
 use super::super::load::Load;
-use super::super::tile::{Runs, Strides, multiply};
+use super::super::tile::{Row, Runs, Strides, multiply};
 use super::super::weights::{Columns, WeightShape, WeightTile};
 use super::super::{Shared, parallel};
 use super::matrices::kernel_to_points;
@@ -64,17 +64,13 @@ fn convolve(isa: Isa, shape: Shape, weight: &[f32], x: &[f32], load: Option<Load
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
     assert_eq!(x.len(), shape.n * in_blocks * shape.plane());
     assert_eq!(y.len(), shape.n * out_blocks * shape.plane());
-    assert_eq!(weight.len(), POINTS * in_blocks * out_blocks * BLOCK * BLOCK);
+    assert_eq!(weight.len(), prepared_length(isa, shape.i, shape.o));
     let groups = out_blocks.div_ceil(isa.tile_blocks());
 
-    // A chunk's transformed inputs should stay in the second-level cache, but the transformed weights, which stream
-    // past once per chunk, must be worth their way.
-    let inputs = in_blocks * BLOCK;
-    let wanted = (CHUNK_FLOATS / (POINTS * inputs)).clamp(MIN_CHUNK_TILES, MAX_CHUNK_TILES);
     let threads = rayon::current_num_threads();
     let chunks = shape
         .tiles()
-        .div_ceil(wanted)
+        .div_ceil(CHUNK_TILES)
         .next_multiple_of(threads)
         .min(shape.tiles());
     let chunk_tiles = shape.tiles().div_ceil(chunks);
@@ -101,16 +97,30 @@ fn convolve(isa: Isa, shape: Shape, weight: &[f32], x: &[f32], load: Option<Load
     });
 }
 
-const CHUNK_FLOATS: usize = 128 << 10;
-const MIN_CHUNK_TILES: usize = 30;
-const MAX_CHUNK_TILES: usize = 60;
+/// Tiles of a chunk. Its transformed inputs should stay in the second-level cache, but the transformed weights, which
+/// stream past once per chunk, must be worth their way.
+const CHUNK_TILES: usize = 64;
 
-/// `G g Gᵀ` for all pairs of channels, as `[group of output blocks][36][I][blocks·16]`.
+/// Floats of a transformed weight.
+fn prepared_length(isa: Isa, inputs: usize, outputs: usize) -> usize {
+    let (in_blocks, out_blocks) = (inputs.div_ceil(BLOCK), outputs.div_ceil(BLOCK));
+    let groups = out_blocks.div_ceil(isa.tile_blocks());
+    POINTS * (in_blocks * out_blocks * BLOCK * BLOCK + groups * BLOCK)
+}
+
+/// Where the points of a group of output blocks start in a transformed weight, for `inputs` channels in whole blocks.
+#[inline(always)]
+fn group_start<L: Lanes>(group: usize, inputs: usize) -> usize {
+    group * POINTS * (L::TILE_BLOCKS * BLOCK * inputs + BLOCK)
+}
+
+/// `G g Gᵀ` for all pairs of channels, as `[group of output blocks][36][I][blocks·16]`, a cache line more per point,
+/// lest the 36 streams of a transform meet in one cache set.
 fn transform_weight(isa: Isa, taps: Taps) -> Buffer {
     let (outputs, inputs) = taps.columns.sides(taps.shape);
     assert_eq!(taps.weight.len(), inputs * outputs * 9);
     let (in_blocks, out_blocks) = (inputs.div_ceil(BLOCK), outputs.div_ceil(BLOCK));
-    let mut transformed = Buffer::take(POINTS * in_blocks * out_blocks * BLOCK * BLOCK);
+    let mut transformed = Buffer::take(prepared_length(isa, inputs, outputs));
     let to = Shared::new(&mut transformed);
     let groups = out_blocks.div_ceil(isa.tile_blocks());
     parallel(groups * in_blocks, |task| {
@@ -152,7 +162,8 @@ impl Kernel for WeightBlock<'_> {
         let first_block = group * L::TILE_BLOCKS;
         let blocks = L::TILE_BLOCKS.min(out_blocks - first_block);
         let width = blocks * BLOCK;
-        let start = POINTS * inputs * first_block * BLOCK + in_block * BLOCK * width;
+        let start = group_start::<L>(group, inputs) + in_block * BLOCK * width;
+        let point = inputs * width + BLOCK;
         let mut tile = WeightTile::new(shape);
         for block in 0..blocks {
             // SAFETY: the caller promises the instructions.
@@ -168,7 +179,7 @@ impl Kernel for WeightBlock<'_> {
                         for (row, g) in g.iter_mut().enumerate() {
                             let tap = row * 3 + column;
                             let tap = if columns == Columns::Inputs { 8 - tap } else { tap };
-                            *g = L::load(columns.row(&mut tile, lane, tap).as_ptr());
+                            *g = L::load(columns.row(&mut tile, lane, tap));
                         }
                         for (row, value) in kernel_to_points(g).into_iter().enumerate() {
                             half[row][column] = value;
@@ -176,7 +187,7 @@ impl Kernel for WeightBlock<'_> {
                     }
                     for (row, half) in half.into_iter().enumerate() {
                         for (column, value) in kernel_to_points(half).into_iter().enumerate() {
-                            value.store(to.wrapping_add((row * EDGE + column) * inputs * width));
+                            value.store(to.wrapping_add((row * EDGE + column) * point));
                         }
                     }
                 }
@@ -217,7 +228,7 @@ impl Kernel for Chunk<'_> {
         let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
         let inputs = in_blocks * BLOCK;
         let widest = L::TILE_BLOCKS.min(out_blocks) * BLOCK;
-        // One cache line more than a point needs, lest the 36 streams of a transform meet in one cache set.
+        // A cache line more per point, as in the weight.
         let v_point = tiles * inputs + BLOCK;
         let m_point = tiles * widest + BLOCK;
         let mut v = Buffer::take(POINTS * v_point);
@@ -237,17 +248,14 @@ impl Kernel for Chunk<'_> {
             for group in first_group..last_group {
                 let blocks = L::TILE_BLOCKS.min(out_blocks - group * L::TILE_BLOCKS);
                 let width = blocks * BLOCK;
-                let weight = weight
-                    .as_ptr()
-                    .wrapping_add(group * L::TILE_BLOCKS * BLOCK * POINTS * inputs);
+                let weight = weight.as_ptr().wrapping_add(group_start::<L>(group, inputs));
                 let strides = Strides {
-                    a_row: inputs,
                     a_inner: 1,
                     b_inner: width,
                     b_block: BLOCK,
-                    c_row: width,
                     c_block: BLOCK,
                 };
+                let rows = Row::spaced(tiles, inputs, width);
                 let runs = Runs {
                     offsets: &[(0, 0)],
                     length: inputs,
@@ -255,10 +263,10 @@ impl Kernel for Chunk<'_> {
                 for point in 0..POINTS {
                     let (a, b) = (
                         v.wrapping_add(point * v_point),
-                        weight.wrapping_add(point * inputs * width),
+                        weight.wrapping_add(point * (inputs * width + BLOCK)),
                     );
                     multiply::<L>(
-                        tiles,
+                        &rows,
                         blocks,
                         runs,
                         strides,

@@ -7,7 +7,7 @@
 
 use super::super::lanes::{Isa, Kernel, Lanes};
 use super::super::load::Load;
-use super::super::tile::{Runs, Strides, multiply};
+use super::super::tile::{Row, Runs, Strides, multiply};
 use super::super::weights::WeightTile;
 use super::super::{Shared, parallel};
 use super::matrices::points_to_kernel;
@@ -180,14 +180,18 @@ unsafe fn add_point<L: Lanes>(
 ) {
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
     let columns = out_blocks * BLOCK;
+    let rows: Vec<_> = (0..in_blocks * BLOCK)
+        .map(|input| Row {
+            a: input / BLOCK * BLOCK * view.capacity + input % BLOCK,
+            c: input * columns,
+        })
+        .collect();
     for group in 0..out_blocks.div_ceil(L::TILE_BLOCKS) {
         let blocks = L::TILE_BLOCKS.min(out_blocks - group * L::TILE_BLOCKS);
         let strides = Strides {
-            a_row: 1,
             a_inner: BLOCK,
             b_inner: blocks * BLOCK,
             b_block: BLOCK,
-            c_row: columns,
             c_block: BLOCK,
         };
         let runs = Runs {
@@ -197,16 +201,12 @@ unsafe fn add_point<L: Lanes>(
         let first_column = group * L::TILE_BLOCKS * BLOCK;
         // SAFETY: the caller's promise.
         unsafe {
+            let a = view.inputs.at(point * view.input_point);
             let b = view
                 .outputs
                 .at(point * view.output_point + first_column * view.capacity);
-            for block in 0..in_blocks {
-                let a = view
-                    .inputs
-                    .at(point * view.input_point + block * BLOCK * view.capacity);
-                let c = sums.wrapping_add(block * BLOCK * columns + first_column);
-                multiply::<L>(BLOCK, blocks, runs, strides, a, b, c, accumulate);
-            }
+            let c = sums.wrapping_add(first_column);
+            multiply::<L>(&rows, blocks, runs, strides, a, b, c, accumulate);
         }
     }
 }
