@@ -188,17 +188,15 @@ unsafe fn tile<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
         }
         for &(a_offset, b_offset) in runs.offsets {
             let (mut a, mut b) = (a.wrapping_add(a_offset), b.wrapping_add(b_offset));
-            for _ in 0..runs.length {
-                let mut columns = [L::zero(); BLOCKS];
-                for (column, block) in columns.iter_mut().zip(b_blocks) {
-                    *column = L::load(b.wrapping_add(block));
+            for _ in 0..runs.length / UNROLLED {
+                for _ in 0..UNROLLED {
+                    add_term(&mut sums, a, a_rows, b, b_blocks);
+                    a = a.wrapping_add(strides.a_inner);
+                    b = b.wrapping_add(strides.b_inner);
                 }
-                for (sums, row) in sums.iter_mut().zip(a_rows) {
-                    let factor = L::broadcast(a.wrapping_add(row));
-                    for (sum, column) in sums.iter_mut().zip(columns) {
-                        *sum = factor.mul_add(column, *sum);
-                    }
-                }
+            }
+            for _ in 0..runs.length % UNROLLED {
+                add_term(&mut sums, a, a_rows, b, b_blocks);
                 a = a.wrapping_add(strides.a_inner);
                 b = b.wrapping_add(strides.b_inner);
             }
@@ -206,6 +204,36 @@ unsafe fn tile<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
         for (row, sums) in sums.iter().enumerate() {
             for (block, sum) in sums.iter().enumerate() {
                 sum.store(c_at(row, block));
+            }
+        }
+    }
+}
+
+/// Terms of a run between two jumps: the end of a run of sixteen would otherwise be guessed wrong.
+const UNROLLED: usize = 4;
+
+/// One term of the inner dimension.
+///
+/// # Safety
+/// As for [`multiply`].
+#[inline(always)]
+unsafe fn add_term<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
+    sums: &mut [[L; BLOCKS]; ROWS],
+    a: *const f32,
+    a_rows: [usize; ROWS],
+    b: *const f32,
+    b_blocks: [usize; BLOCKS],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut columns = [L::zero(); BLOCKS];
+        for (column, block) in columns.iter_mut().zip(b_blocks) {
+            *column = L::load(b.wrapping_add(block));
+        }
+        for (sums, row) in sums.iter_mut().zip(a_rows) {
+            let factor = L::broadcast(a.wrapping_add(row));
+            for (sum, column) in sums.iter_mut().zip(columns) {
+                *sum = factor.mul_add(column, *sum);
             }
         }
     }
