@@ -41,29 +41,36 @@ impl Context {
 pub fn run(arguments: Arguments) -> Result<()> {
     faceprior::ops::instruction_set().map_err(anyhow::Error::msg)?;
     let threads = arguments.threads.map(usize::from);
-    if let Some(threads) = threads {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build_global()
-            .context("cannot set the number of threads")?;
-    }
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads.unwrap_or(0))
+        .stack_size(STACK_BYTES)
+        .build_global()
+        .context("cannot set the number of threads")?;
     let context = Context {
         device: arguments.device,
         json: arguments.json,
         quiet: arguments.quiet,
         threads,
     };
-    match arguments.command {
-        Command::Demo(arguments) => demo::run(&context, arguments),
-        Command::Align(arguments) => align::run(&context, arguments),
-        Command::Train(arguments) => train::run(&context, arguments),
-        Command::Pipeline(arguments) => pipeline::run(&context, arguments),
-        Command::Eval(arguments) => eval::run(&context, arguments),
-        Command::Embed(arguments) => embed::run(&context, arguments),
-        Command::Recipe(arguments) => recipe::run(&context, arguments),
-        Command::Model(arguments) => model::run(&context, arguments),
-        Command::Bench(arguments) => bench::run(&context, arguments),
-        Command::Doctor => doctor::run(&context),
+    // On one of the pool's own threads: a kernel called from outside would have to wake the pool and be woken by it.
+    rayon::scope(|_| execute(&context, arguments.command))
+}
+
+/// Stack of a thread: what the system gives a program's first one.
+const STACK_BYTES: usize = 8 << 20;
+
+fn execute(context: &Context, command: Command) -> Result<()> {
+    match command {
+        Command::Demo(arguments) => demo::run(context, arguments),
+        Command::Align(arguments) => align::run(context, arguments),
+        Command::Train(arguments) => train::run(context, arguments),
+        Command::Pipeline(arguments) => pipeline::run(context, arguments),
+        Command::Eval(arguments) => eval::run(context, arguments),
+        Command::Embed(arguments) => embed::run(context, arguments),
+        Command::Recipe(arguments) => recipe::run(context, arguments),
+        Command::Model(arguments) => model::run(context, arguments),
+        Command::Bench(arguments) => bench::run(context, arguments),
+        Command::Doctor => doctor::run(context),
         Command::Completions { shell } => {
             clap_complete::generate(
                 shell,
