@@ -258,7 +258,7 @@ impl Kernel for PackBlock<'_> {
 
 /// Rows of output pixels that one task computes, so that all threads have several.
 fn rows_per_task(rows: usize, other_tasks: usize) -> usize {
-    let wanted = (4 * rayon::current_num_threads()).div_ceil(other_tasks);
+    let wanted = (2 * rayon::current_num_threads()).div_ceil(other_tasks);
     rows.div_ceil(wanted.min(rows))
 }
 
