@@ -15,7 +15,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
-use faceprior_ops::{Conv2dOptions, FeatureMap};
+use faceprior_ops::{Conv2dOptions, FeatureMap, linear};
 use serde::{Deserialize, Serialize};
 
 use crate::init::{Init, Scheme};
@@ -180,7 +180,7 @@ impl EqualLinear {
     /// `[N, I]` → `[N, O]`.
     fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         let scale = (x.dims()[1] as f32).sqrt().recip();
-        x.matmul(self.weight.val().transpose()).mul_scalar(scale) + self.bias.val().unsqueeze()
+        linear(x, self.weight.val()).mul_scalar(scale) + self.bias.val().unsqueeze()
     }
 }
 

@@ -12,11 +12,13 @@
 //! Axes: `N` pictures, `D` embedding dimensions, `C` classes.
 
 use burn::module::{Module, Param};
-use burn::tensor::{IndexingUpdateOp, Int, Tensor};
+use burn::tensor::{Int, Tensor};
+use faceprior_ops::{self as ops, TargetMargin};
 use serde::{Deserialize, Serialize};
 
 use crate::init::Init;
 use crate::layers::transparent_module;
+use crate::losses;
 
 /// Which head.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -96,12 +98,59 @@ impl Head {
     /// # Shapes
     /// `embeddings` `[N, D]`, `labels` `[N]` in 0..C → `[N, C]`.
     pub fn logits(&self, embeddings: Tensor<2>, labels: Tensor<1, Int>, margin: Margin) -> Tensor<2> {
-        match self {
-            Head::ArcFace(head) => head.logits(embeddings, labels, margin),
-            Head::CosFace(head) => head.logits(embeddings, labels, margin),
-            Head::Softmax(head) => head.logits(embeddings),
+        match self.directions(margin) {
+            Ok((weight, target)) => ops::margin_logits(embeddings, weight, labels, margin.scale, target),
+            Err(head) => head.logits(embeddings),
         }
     }
+
+    /// The mean cross-entropy of the [`logits`](Self::logits), `[1]`, and for each picture how many classes have a
+    /// higher one than its own, the margin included. Margin heads keep no logits.
+    ///
+    /// # Panics
+    /// If a label is not in 0..C.
+    pub fn cross_entropy(
+        &self,
+        embeddings: Tensor<2>,
+        labels: Tensor<1, Int>,
+        margin: Margin,
+    ) -> (Tensor<1>, Vec<u32>) {
+        match self.directions(margin) {
+            Ok((weight, target)) => {
+                ops::margin_cross_entropy(embeddings, weight, labels, margin.scale, target)
+            }
+            Err(head) => {
+                let logits = head.logits(embeddings);
+                let above = classes_above(logits.clone(), labels.clone());
+                (losses::cross_entropy(logits, labels), above)
+            }
+        }
+    }
+
+    /// The class directions of a margin head and what it makes of a target; the head without a margin otherwise.
+    fn directions(&self, margin: Margin) -> Result<(Tensor<2>, TargetMargin), &Softmax> {
+        match self {
+            Head::ArcFace(head) => Ok((head.weight.val(), head.target(margin))),
+            Head::CosFace(head) => Ok((
+                head.weight.val(),
+                TargetMargin::Cosine {
+                    margin: margin.margin,
+                },
+            )),
+            Head::Softmax(head) => Err(head),
+        }
+    }
+}
+
+/// For each row of `logits` `[N, C]` the number of classes above the label's.
+fn classes_above(logits: Tensor<2>, labels: Tensor<1, Int>) -> Vec<u32> {
+    let target = logits.clone().gather(1, labels.unsqueeze_dim(1)); // [N, 1]
+    let above = logits.greater(target).float().sum_dim(1); // [N, 1]
+    above
+        .into_data()
+        .iter::<f32>()
+        .map(|count| count as u32)
+        .collect()
 }
 
 transparent_module!(Head {
@@ -122,28 +171,11 @@ pub struct ArcFace {
 }
 
 impl ArcFace {
-    /// See [`Head::logits`].
-    pub fn logits(&self, embeddings: Tensor<2>, labels: Tensor<1, Int>, margin: Margin) -> Tensor<2> {
-        let (sin_m, cos_m) = margin.margin.sin_cos();
-        let cosines = cosines(embeddings, self.weight.val()); // [N, C]
-        let target = cosines.clone().gather(1, labels.clone().unsqueeze_dim(1)); // [N, 1], cos θ
-        // sin θ = √(1 − cos² θ), kept off 0 where its derivative is infinite.
-        let sine = target
-            .clone()
-            .square()
-            .neg()
-            .add_scalar(1.0)
-            .clamp(1e-10, 1.0)
-            .sqrt();
-        let with_margin = target.clone().mul_scalar(cos_m) - sine.mul_scalar(sin_m); // cos(θ + m)
-        let (threshold, otherwise) = if self.easy_margin {
-            (0.0, target.clone())
-        } else {
-            // cos(π − m) = −cos m; m·sin(π − m) = m·sin m.
-            (-cos_m, target.clone().sub_scalar(margin.margin * sin_m))
-        };
-        let beyond = target.lower_equal_elem(threshold);
-        replace_target(cosines, labels, with_margin.mask_where(beyond, otherwise)).mul_scalar(margin.scale)
+    fn target(&self, margin: Margin) -> TargetMargin {
+        TargetMargin::Angle {
+            margin: margin.margin,
+            easy: self.easy_margin,
+        }
     }
 }
 
@@ -152,15 +184,6 @@ impl ArcFace {
 pub struct CosFace {
     /// Class directions `[C, D]`.
     pub weight: Param<Tensor<2>>,
-}
-
-impl CosFace {
-    /// See [`Head::logits`].
-    pub fn logits(&self, embeddings: Tensor<2>, labels: Tensor<1, Int>, margin: Margin) -> Tensor<2> {
-        let cosines = cosines(embeddings, self.weight.val()); // [N, C]
-        let target = cosines.clone().gather(1, labels.clone().unsqueeze_dim(1)); // [N, 1]
-        replace_target(cosines, labels, target.sub_scalar(margin.margin)).mul_scalar(margin.scale)
-    }
 }
 
 /// A linear layer: W·x + b.
@@ -175,26 +198,14 @@ pub struct Softmax {
 impl Softmax {
     /// `[N, D]` → `[N, C]`.
     pub fn logits(&self, embeddings: Tensor<2>) -> Tensor<2> {
-        embeddings.matmul(self.weight.val().transpose()) + self.bias.val().unsqueeze()
+        ops::linear(embeddings, self.weight.val()) + self.bias.val().unsqueeze()
     }
-}
-
-/// Cosines between embeddings `[N, D]` and class directions `[C, D]` → `[N, C]`.
-fn cosines(embeddings: Tensor<2>, directions: Tensor<2>) -> Tensor<2> {
-    normalize(embeddings).matmul(normalize(directions).transpose())
 }
 
 /// Rows of length 1; rows shorter than 1e-12 are divided by that.
 pub fn normalize(vectors: Tensor<2>) -> Tensor<2> {
     let length = vectors.clone().square().sum_dim(1).clamp_min(1e-24).sqrt(); // [N, 1]
     vectors / length
-}
-
-/// `cosines` `[N, C]` with the entry of each row's label replaced by `target` `[N, 1]`.
-fn replace_target(cosines: Tensor<2>, labels: Tensor<1, Int>, target: Tensor<2>) -> Tensor<2> {
-    let labels = labels.unsqueeze_dim::<2>(1); // [N, 1]
-    let change = target - cosines.clone().gather(1, labels.clone());
-    cosines.scatter(1, labels, change, IndexingUpdateOp::Add)
 }
 
 #[cfg(test)]
@@ -213,7 +224,7 @@ mod tests {
         head.weight = Param::from_data(TensorData::new(vec![3.0f32, 0.0, 0.0, 2.0], [2, 2]), &device);
         let embedding = Tensor::<2>::from_floats([[5.0 * theta.cos(), 5.0 * theta.sin()]], &device);
         let labels = Tensor::<1, Int>::from_ints([0], &device);
-        let logits = head.logits(embedding, labels, Margin { scale: 2.0, margin });
+        let logits = Head::ArcFace(head).logits(embedding, labels, Margin { scale: 2.0, margin });
         let logits: Vec<f32> = logits.into_data().try_to_vec().unwrap();
         assert!(
             (logits[1] - 2.0 * theta.sin()).abs() < 1e-5,

@@ -191,7 +191,7 @@ impl Linear {
 
     /// `[N, I]` → `[N, O]`.
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        x.matmul(self.weight.val().transpose()) + self.bias.val().unsqueeze()
+        ops::linear(x, self.weight.val()) + self.bias.val().unsqueeze()
     }
 }
 

@@ -32,7 +32,9 @@ fn check(name: &str, kind: HeadKind, easy_margin: bool, margin: Margin) {
 
     let logits = head.logits(features.clone(), labels.clone(), margin);
     let ce = cross_entropy(logits.clone(), labels.clone());
-    let loss = focal(logits.clone(), labels, 2.0);
+    // The loss in one pass over the classes, which is what training uses.
+    let (fused, _) = head.cross_entropy(features.clone(), labels, margin);
+    let loss = focal(fused.clone(), 2.0);
     let close = |what: &str, got: Tensor<2>| {
         assert_close(
             &format!("{name} {what}"),
@@ -46,6 +48,13 @@ fn check(name: &str, kind: HeadKind, easy_margin: bool, margin: Margin) {
     assert_close(
         &format!("{name} cross-entropy"),
         ce,
+        &golden,
+        &format!("{name}.cross_entropy"),
+        1e-5,
+    );
+    assert_close(
+        &format!("{name} cross-entropy in one pass"),
+        fused,
         &golden,
         &format!("{name}.cross_entropy"),
         1e-5,

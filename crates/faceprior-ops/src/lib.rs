@@ -34,6 +34,8 @@ mod convolution;
 pub mod dual;
 mod feature_map;
 mod kernels;
+mod linear;
+mod margin;
 mod modulation;
 mod normalization;
 mod pending;
@@ -49,6 +51,8 @@ pub use activation::{BiasActivation, add_bias, bias_activation, leaky_relu, prel
 pub use channels::{add_noise, global_average_pool, scale_channels};
 pub use convolution::{Conv2dOptions, conv2d};
 pub use feature_map::FeatureMap;
+pub use linear::linear;
+pub use margin::{TargetMargin, margin_cross_entropy, margin_logits};
 pub use modulation::modulated_conv2d;
 pub use normalization::{BatchStatistics, batch_norm, batch_norm_train};
 pub use resampling::{downsample_smooth, max_pool2d, subsample, upsample_smooth};

@@ -2,13 +2,15 @@
 //!
 //! Functions take the blocks `[N, C/b, H, W, b]` of a feature map for any `b`, and parameters in their usual shapes.
 
+use burn::tensor::activation::log_softmax;
 use burn::tensor::{
-    Tensor,
+    IndexingUpdateOp, Int, Tensor,
     module::{self, BatchNormTrainOutput},
     ops::{ConvOptions, MaxPoolOptions, PadMode},
     s,
 };
 
+use crate::margin::{MIN_SINE_SQUARE, TargetMargin};
 use crate::{BiasActivation, Conv2dOptions};
 
 /// `[N, C, H, W]` to `[N, ⌈C/b⌉, H, W, b]`; lanes above `C` are zero.
@@ -260,6 +262,61 @@ fn replicate(x: Tensor<5>, axis: usize, before: usize, after: usize) -> Tensor<5
     parts.push(x);
     parts.extend(vec![last; after]);
     Tensor::cat(parts, axis)
+}
+
+/// Logits of a margin head, `[N, C]`; see [`crate::margin_cross_entropy`].
+pub(crate) fn margin_logits(
+    x: Tensor<2>,
+    weight: Tensor<2>,
+    labels: Tensor<1, Int>,
+    scale: f32,
+    target: TargetMargin,
+) -> Tensor<2> {
+    let cosines = normalize(x).matmul(normalize(weight).transpose()); // [N, C]
+    let labels = labels.unsqueeze_dim::<2>(1); // [N, 1]
+    let cos = cosines.clone().gather(1, labels.clone()); // [N, 1]
+    let with_margin = match target {
+        TargetMargin::Cosine { margin } => cos.clone().sub_scalar(margin),
+        TargetMargin::Angle { margin, easy } => {
+            let (sin_m, cos_m) = margin.sin_cos();
+            // sin θ = √(1 − cos² θ), kept off 0 where its derivative is infinite.
+            let square = cos.clone().square().neg().add_scalar(1.0);
+            let sine = square.clamp(MIN_SINE_SQUARE, 1.0).sqrt();
+            let moved = cos.clone().mul_scalar(cos_m) - sine.mul_scalar(sin_m); // cos(θ + m)
+            let (threshold, otherwise) = if easy {
+                (0.0, cos.clone())
+            } else {
+                // cos(π − m) = −cos m; m·sin(π − m) = m·sin m.
+                (-cos_m, cos.clone().sub_scalar(margin * sin_m))
+            };
+            moved.mask_where(cos.clone().lower_equal_elem(threshold), otherwise)
+        }
+    };
+    cosines
+        .scatter(1, labels, with_margin - cos, IndexingUpdateOp::Add)
+        .mul_scalar(scale)
+}
+
+/// Mean cross-entropy of logits `[N, C]`, and the number of classes above each target.
+pub(crate) fn cross_entropy(logits: Tensor<2>, labels: Tensor<1, Int>) -> (Tensor<1>, Vec<u32>) {
+    let labels = labels.unsqueeze_dim::<2>(1); // [N, 1]
+    let target = logits.clone().gather(1, labels.clone()); // [N, 1]
+    let above: Vec<f32> = logits
+        .clone()
+        .greater(target)
+        .float()
+        .sum_dim(1)
+        .into_data()
+        .try_to_vec()
+        .expect("a float tensor holds floats");
+    let loss = log_softmax(logits, 1).gather(1, labels).mean().neg();
+    (loss, above.into_iter().map(|count| count as u32).collect())
+}
+
+/// Rows of length 1; rows shorter than 1e-12 are divided by that.
+fn normalize(vectors: Tensor<2>) -> Tensor<2> {
+    let length = vectors.clone().square().sum_dim(1).clamp_min(1e-24).sqrt(); // [N, 1]
+    vectors / length
 }
 
 #[cfg(test)]

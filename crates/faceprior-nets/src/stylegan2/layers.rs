@@ -107,7 +107,7 @@ impl FullyConnected {
 
     fn product(&self, x: Tensor<2>) -> Tensor<2> {
         let gain = self.lr_multiplier / (x.dims()[1] as f32).sqrt();
-        x.matmul(self.weight.val().transpose()).mul_scalar(gain)
+        ops::linear(x, self.weight.val()).mul_scalar(gain)
     }
 
     fn bias(&self) -> Tensor<1> {

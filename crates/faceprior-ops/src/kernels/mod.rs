@@ -6,6 +6,7 @@
 //! Work is split between rayon's threads so that no sum depends on how many there are: each output is computed by one
 //! task in a fixed order, and sums over pictures are added up from partial sums whose bounds depend on shapes only.
 
+pub(crate) mod dense;
 pub(crate) mod depthwise;
 pub(crate) mod direct;
 pub(crate) mod lanes;

@@ -274,8 +274,8 @@ fn recognizer_step(batch: usize, device: &Device) -> impl FnMut() -> Result<()> 
     };
     move || {
         let embeddings = network.forward(images.clone(), Mode::Train);
-        let logits = head.logits(embeddings, labels.clone(), margin);
-        let mut gradients = losses::focal(logits, labels.clone(), 2.0).backward();
+        let (cross_entropy, _) = head.cross_entropy(embeddings, labels.clone(), margin);
+        let mut gradients = losses::focal(cross_entropy, 2.0).backward();
         network = network_optimizer.step(network.clone(), &mut gradients, 0.03);
         head = head_optimizer.step(head.clone(), &mut gradients, 0.03);
         Ok(())
