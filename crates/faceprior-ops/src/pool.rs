@@ -2,10 +2,10 @@
 //!
 //! Fresh memory costs more than the arithmetic of most operations: the system hands out pages one fault at a time and
 //! clears each. A training step needs the same sizes again and again, so buffers go back to a pool when the tensor
-//! that holds them is dropped. The pool keeps the program within five quarters of the most that was in use at one time
-//! (rounding of sizes apart): above that, kept buffers are given back to the system. The quarter is for sizes that take
-//! turns: without it, an IR-50 training step gave back and asked anew for 1.4 GB, a tenth of its time, to save 4% of
-//! its memory.
+//! that holds them is dropped. The pool keeps the program within five quarters of the most that was in use at one time,
+//! or 256 MiB above it where that is more (rounding of sizes apart); beyond that, kept buffers are given back to the
+//! system. The slack is for sizes that take turns: without it, an IR-50 training step gave back and asked anew for
+//! 1.4 GB, a tenth of its time, to save 4% of its memory.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::collections::BTreeMap;
@@ -132,6 +132,7 @@ struct State {
     bytes_kept: usize,
     bytes_in_use: usize,
     most_in_use: usize,
+    least_slack: usize,
 }
 
 static STATE: Mutex<State> = Mutex::new(State {
@@ -139,6 +140,7 @@ static STATE: Mutex<State> = Mutex::new(State {
     bytes_kept: 0,
     bytes_in_use: 0,
     most_in_use: 0,
+    least_slack: 256 << 20,
 });
 
 fn state() -> MutexGuard<'static, State> {
@@ -173,7 +175,8 @@ impl State {
     /// Removes kept buffers, largest first, until the pool is within its bound.
     fn surplus(&mut self) -> Vec<(usize, Kept)> {
         let mut surplus = Vec::new();
-        while self.bytes_in_use + self.bytes_kept > self.most_in_use + self.most_in_use / 4 {
+        let slack = self.least_slack.max(self.most_in_use / 4);
+        while self.bytes_in_use + self.bytes_kept > self.most_in_use + slack {
             let Some(mut class) = self.kept.last_entry() else {
                 break;
             };

@@ -1,6 +1,6 @@
 //! Depthwise convolution: each channel of the output from the same channel of the input.
 
-use super::direct::{Geometry, source};
+use super::direct::{CopyPlane, Geometry};
 use super::lanes::{Isa, Kernel, Lanes};
 use super::load::Load;
 use super::{BLOCK, Shared, parallel};
@@ -11,22 +11,16 @@ pub(crate) fn forward(isa: Isa, g: Geometry, x: &[f32], load: Option<Load>, weig
     let [oh, ow] = g.outputs();
     let (planes, to) = (g.n * g.in_blocks(), oh * ow * BLOCK);
     assert_eq!((x.len(), y.len()), (planes * g.h * g.w * BLOCK, planes * to));
-    let source = source(isa, x, load, [g.h, g.w], [g.padding; 2], [g.padding; 2]);
     let weight = pack(g, weight);
     let y = Shared::new(y);
     parallel(planes, |index| {
-        let plane = Plane {
-            g,
-            width: source.w,
-            offsets: &offsets(g, source.w),
-        };
-        let x = &source.values()[index * source.plane()..(index + 1) * source.plane()];
-        isa.run(Forward {
-            plane,
-            x,
-            weight: of_block(g, &weight, index),
-            y: y.at(index * to),
-        });
+        let x = PaddedPlane::new(isa, g, x, load, index);
+        let (y, weight) = (y.at(index * to), of_block(g, &weight, index));
+        match (g.kernel, g.stride) {
+            ([3, 3], 1) => isa.run(Forward3x3::<1> { g, x, weight, y }),
+            ([3, 3], 2) => isa.run(Forward3x3::<2> { g, x, weight, y }),
+            _ => isa.run(Forward { g, x, weight, y }),
+        }
     });
 }
 
@@ -78,19 +72,13 @@ pub(crate) fn weight_gradient(
     let (planes, from, size) = (g.n * g.in_blocks(), oh * ow * BLOCK, g.taps() * BLOCK);
     assert_eq!((x.len(), dy.len()), (planes * g.h * g.w * BLOCK, planes * from));
     assert_eq!(dw.len(), g.i * g.taps());
-    let source = source(isa, x, load, [g.h, g.w], [g.padding; 2], [g.padding; 2]);
     let mut sums = Buffer::take(planes * size);
     let shared = Shared::new(&mut sums);
     parallel(planes, |index| {
-        let plane = Plane {
-            g,
-            width: source.w,
-            offsets: &offsets(g, source.w),
-        };
-        let x = &source.values()[index * source.plane()..(index + 1) * source.plane()];
+        let x = PaddedPlane::new(isa, g, x, load, index);
         let dy = &dy[index * from..(index + 1) * from];
         isa.run(Weight {
-            plane,
+            g,
             x,
             dy,
             sums: shared.at(index * size),
@@ -143,12 +131,52 @@ impl Plane<'_> {
     }
 }
 
+/// One plane of the input within its border, [`Load`] applied; it stays in the cache while its outputs are made.
+struct PaddedPlane<'a> {
+    x: &'a [f32],
+    copy: Option<Buffer>,
+    width: usize,
+}
+
+impl<'a> PaddedPlane<'a> {
+    fn new(isa: Isa, g: Geometry, x: &'a [f32], load: Option<Load>, plane: usize) -> Self {
+        if load.is_none() && g.padding == 0 {
+            let size = g.h * g.w * BLOCK;
+            return Self {
+                x: &x[plane * size..][..size],
+                copy: None,
+                width: g.w,
+            };
+        }
+        let padded @ [height, width] = [g.h + 2 * g.padding, g.w + 2 * g.padding];
+        let mut copy = Buffer::take(height * width * BLOCK);
+        isa.run(CopyPlane {
+            x,
+            load,
+            plane,
+            size: [g.h, g.w],
+            before: [g.padding; 2],
+            padded,
+            to: copy.as_mut_ptr(),
+        });
+        Self {
+            x: &[],
+            copy: Some(copy),
+            width,
+        }
+    }
+
+    fn as_ptr(&self) -> *const f32 {
+        self.copy.as_deref().unwrap_or(self.x).as_ptr()
+    }
+}
+
 /// Output pixels that share a load of each tap.
 const QUAD: usize = 4;
 
 struct Forward<'a> {
-    plane: Plane<'a>,
-    x: &'a [f32],
+    g: Geometry,
+    x: PaddedPlane<'a>,
     weight: &'a [f32],
     y: *mut f32,
 }
@@ -158,8 +186,14 @@ impl Kernel for Forward<'_> {
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        let Self { plane, x, weight, y } = self;
-        let ([oh, ow], x) = (plane.g.outputs(), x.as_ptr());
+        let Self { g, x, weight, y } = self;
+        let offsets = offsets(g, x.width);
+        let plane = Plane {
+            g,
+            width: x.width,
+            offsets: &offsets,
+        };
+        let ([oh, ow], x) = (g.outputs(), x.as_ptr());
         for row in 0..oh {
             for column in (0..ow).step_by(QUAD) {
                 let count = QUAD.min(ow - column);
@@ -183,6 +217,75 @@ impl Kernel for Forward<'_> {
                     }
                 }
             }
+        }
+    }
+}
+
+/// [`Forward`] for 3×3 taps at a known stride: neighbouring outputs share their inputs.
+struct Forward3x3<'a, const STRIDE: usize> {
+    g: Geometry,
+    x: PaddedPlane<'a>,
+    weight: &'a [f32],
+    y: *mut f32,
+}
+
+impl<const STRIDE: usize> Kernel for Forward3x3<'_, STRIDE> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self { g, x, weight, y } = self;
+        let ([oh, ow], width, x) = (g.outputs(), x.width, x.as_ptr());
+        // SAFETY: as for `Forward`.
+        unsafe {
+            let mut taps = [L::zero(); 9];
+            for (tap, value) in taps.iter_mut().enumerate() {
+                *value = L::load(weight.as_ptr().wrapping_add(tap * BLOCK));
+            }
+            for row in 0..oh {
+                let x = x.wrapping_add(row * STRIDE * width * BLOCK);
+                let y = y.wrapping_add(row * ow * BLOCK);
+                let whole = ow / QUAD * QUAD;
+                for column in (0..whole).step_by(QUAD) {
+                    outputs3x3::<L, STRIDE, QUAD>(x, width, taps, column, y);
+                }
+                for column in whole..ow {
+                    outputs3x3::<L, STRIDE, 1>(x, width, taps, column, y);
+                }
+            }
+        }
+    }
+}
+
+/// `COUNT` neighbouring outputs of a row.
+///
+/// # Safety
+/// Instructions of `L`; `x` is the first of three padded rows of `width` pixels, and `y` a row of outputs, in which
+/// the outputs and their inputs lie.
+#[inline(always)]
+unsafe fn outputs3x3<L: Lanes, const STRIDE: usize, const COUNT: usize>(
+    x: *const f32,
+    width: usize,
+    taps: [L; 9],
+    column: usize,
+    y: *mut f32,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [L::zero(); COUNT];
+        for row in 0..3 {
+            let x = x.wrapping_add((row * width + column * STRIDE) * BLOCK);
+            for at in 0..(COUNT - 1) * STRIDE + 3 {
+                let value = L::load(x.wrapping_add(at * BLOCK));
+                for (pixel, sum) in sums.iter_mut().enumerate() {
+                    if at >= pixel * STRIDE && at < pixel * STRIDE + 3 {
+                        *sum = value.mul_add(taps[row * 3 + at - pixel * STRIDE], *sum);
+                    }
+                }
+            }
+        }
+        for (pixel, sum) in sums.into_iter().enumerate() {
+            sum.store(y.wrapping_add((column + pixel) * BLOCK));
         }
     }
 }
@@ -224,8 +327,8 @@ impl Kernel for Scatter<'_> {
 }
 
 struct Weight<'a> {
-    plane: Plane<'a>,
-    x: &'a [f32],
+    g: Geometry,
+    x: PaddedPlane<'a>,
     dy: &'a [f32],
     sums: *mut f32,
 }
@@ -235,14 +338,20 @@ impl Kernel for Weight<'_> {
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        let Self { plane, x, dy, sums } = self;
-        let [oh, ow] = plane.g.outputs();
+        let Self { g, x, dy, sums } = self;
+        let offsets = offsets(g, x.width);
+        let plane = Plane {
+            g,
+            width: x.width,
+            offsets: &offsets,
+        };
+        let ([oh, ow], x) = (g.outputs(), x.as_ptr());
         for (tap, offset) in plane.offsets.iter().enumerate() {
             // SAFETY: as for `Forward`; `sums` is this task's, one vector per tap.
             unsafe {
                 let mut sum = L::zero();
                 for pixel in 0..oh * ow {
-                    let x = x.as_ptr().wrapping_add(plane.at(pixel / ow, pixel % ow) + offset);
+                    let x = x.wrapping_add(plane.at(pixel / ow, pixel % ow) + offset);
                     sum = L::load(x).mul_add(L::load(dy.as_ptr().wrapping_add(pixel * BLOCK)), sum);
                 }
                 sum.store(sums.wrapping_add(tap * BLOCK));
