@@ -369,7 +369,39 @@ impl<'a> Decoder<'a> {
         result.filter(|()| !self.ends_early)
     }
 
+    /// Reads the units of a scan; compiled a second time for processors whose shifts take any register.
     fn entropy_coded(
+        &mut self,
+        scan: &Scan,
+        dc_tables: &[Option<Box<Huffman>>; 4],
+        ac_tables: &[Option<Box<Huffman>>; 4],
+        bits: &mut Bits,
+    ) -> Option<()> {
+        #[cfg(target_arch = "x86_64")]
+        {
+            #[target_feature(enable = "avx2,bmi1,bmi2")]
+            fn wide(
+                decoder: &mut Decoder,
+                scan: &Scan,
+                dc_tables: &[Option<Box<Huffman>>; 4],
+                ac_tables: &[Option<Box<Huffman>>; 4],
+                bits: &mut Bits,
+            ) -> Option<()> {
+                decoder.units(scan, dc_tables, ac_tables, bits)
+            }
+            if std::arch::is_x86_feature_detected!("avx2")
+                && std::arch::is_x86_feature_detected!("bmi1")
+                && std::arch::is_x86_feature_detected!("bmi2")
+            {
+                // SAFETY: the machine has the instructions, as just asked; the function itself is safe code.
+                return unsafe { wide(self, scan, dc_tables, ac_tables, bits) };
+            }
+        }
+        self.units(scan, dc_tables, ac_tables, bits)
+    }
+
+    #[inline(always)]
+    fn units(
         &mut self,
         scan: &Scan,
         dc_tables: &[Option<Box<Huffman>>; 4],
@@ -459,6 +491,28 @@ impl<'a> Decoder<'a> {
             }
         }
         let mut pixels = vec![0; self.width * self.height * 3];
+        self.join(&mut pixels)?;
+        Some(Image::new(self.width, self.height, pixels))
+    }
+
+    /// Joins the components to pixels; for processors with AVX2 the loops are compiled a second time.
+    fn join(&self, pixels: &mut [u8]) -> Option<()> {
+        #[cfg(target_arch = "x86_64")]
+        {
+            #[target_feature(enable = "avx2")]
+            fn wide(decoder: &Decoder, pixels: &mut [u8]) -> Option<()> {
+                decoder.join_rows(pixels)
+            }
+            if std::arch::is_x86_feature_detected!("avx2") {
+                // SAFETY: the machine has AVX2, as just asked; the function itself is safe code.
+                return unsafe { wide(self, pixels) };
+            }
+        }
+        self.join_rows(pixels)
+    }
+
+    #[inline(always)]
+    fn join_rows(&self, pixels: &mut [u8]) -> Option<()> {
         let rows = pixels
             .as_chunks_mut::<3>()
             .0
@@ -498,7 +552,7 @@ impl<'a> Decoder<'a> {
             }
             _ => return None,
         }
-        Some(Image::new(self.width, self.height, pixels))
+        Some(())
     }
 }
 
@@ -508,6 +562,7 @@ impl Component {
     }
 
     /// Transforms a block into its place; coefficients behind `last` (in the file's order) are 0.
+    #[inline(always)]
     fn put(&mut self, x: usize, y: usize, block: &Block, quantiser: &[u16; 64], last: usize) {
         let stride = self.blocks_wide * 8;
         let to = &mut self.samples[y * 8 * stride + x * 8..];
@@ -524,6 +579,7 @@ impl Component {
     }
 
     /// Row `y` of the picture from this component's rows, `h` times wider and `v` times higher, by triangle filters.
+    #[inline(always)]
     fn upsample(&self, y: usize, h: usize, v: usize, sums: &mut [i32], out: &mut [u8]) {
         let near = self.row(y / v);
         if v == 1 {
@@ -577,6 +633,7 @@ fn widen<T: Copy>(
     out[2 * samples.len() - 1] = ((4 * last + right) >> bits) as u8;
 }
 
+#[inline(always)]
 fn repeat(samples: &[u8], out: &mut [u8]) {
     for (pair, &sample) in out.chunks_mut(2).zip(samples) {
         pair.fill(sample);
@@ -584,6 +641,7 @@ fn repeat(samples: &[u8], out: &mut [u8]) {
 }
 
 /// BT.601 in full range, in 16-bit fixed point.
+#[inline(always)]
 fn to_rgb(y: &[u8], cb: &[u8], cr: &[u8], out: &mut [[u8; 3]]) {
     const HALF: i32 = 1 << 15;
     for (((pixel, &y), &cb), &cr) in out.iter_mut().zip(y).zip(cb).zip(cr) {
@@ -668,7 +726,26 @@ impl<'a> Bits<'a> {
         }
     }
 
+    #[inline(always)]
     fn refill_bytes(&mut self) {
+        // Eight bytes without a 0xFF, as almost always: as many as there is room for, and the beginning of the next,
+        // which will be read again.
+        if let Some(bytes) = self.data.get(self.at..).and_then(<[u8]>::first_chunk) {
+            let bytes = u64::from_be_bytes(*bytes);
+            let gaps = !bytes;
+            if gaps.wrapping_sub(0x0101_0101_0101_0101) & bytes & 0x8080_8080_8080_8080 == 0 {
+                self.bits |= bytes >> self.count;
+                let taken = (64 - self.count) / 8;
+                self.at += taken as usize;
+                self.count += taken * 8;
+                return;
+            }
+        }
+        self.refill_slowly();
+    }
+
+    #[inline(never)]
+    fn refill_slowly(&mut self) {
         while self.count <= 56 {
             let byte = match self.data.get(self.at) {
                 Some(0xFF) if self.data.get(self.at + 1) == Some(&0) => {
@@ -750,12 +827,14 @@ impl<'a> Bits<'a> {
         }
     }
 
+    #[inline(always)]
     fn difference(&mut self, table: &Huffman) -> Option<i32> {
         let size = u32::from(self.symbol(table)?);
         (size <= 15).then(|| self.signed(size))
     }
 
     /// All AC coefficients of a block; answers the place of the last that is not 0, in the file's order.
+    #[inline(always)]
     fn coefficients(&mut self, table: &Huffman, block: &mut Block) -> Option<usize> {
         let (mut k, mut last) = (1, 0);
         while k < 64 {
