@@ -641,17 +641,28 @@ fn repeat(samples: &[u8], out: &mut [u8]) {
 }
 
 /// BT.601 in full range, in 16-bit fixed point.
-#[inline(always)]
 fn to_rgb(y: &[u8], cb: &[u8], cr: &[u8], out: &mut [[u8; 3]]) {
-    const HALF: i32 = 1 << 15;
-    for (((pixel, &y), &cb), &cr) in out.iter_mut().zip(y).zip(cb).zip(cr) {
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the machine has the instructions.
+        done = unsafe { avx2::to_rgb(y, cb, cr, out) };
+    }
+    let rest = y[done..].iter().zip(&cb[done..]).zip(&cr[done..]);
+    for (pixel, ((&y, &cb), &cr)) in out[done..].iter_mut().zip(rest) {
         let (y, cb, cr) = (i32::from(y), i32::from(cb) - 128, i32::from(cr) - 128);
-        let red = y + ((91881 * cr + HALF) >> 16);
-        let green = y + ((-22554 * cb - 46802 * cr + HALF) >> 16);
-        let blue = y + ((116130 * cb + HALF) >> 16);
+        let red = y + ((CR_TO_RED * cr + HALF) >> 16);
+        let green = y + ((CB_TO_GREEN * cb + CR_TO_GREEN * cr + HALF) >> 16);
+        let blue = y + ((CB_TO_BLUE * cb + HALF) >> 16);
         *pixel = [red, green, blue].map(|value| value.clamp(0, 255) as u8);
     }
 }
+
+const HALF: i32 = 1 << 15;
+const CR_TO_RED: i32 = 91881;
+const CB_TO_GREEN: i32 = -22554;
+const CR_TO_GREEN: i32 = -46802;
+const CB_TO_BLUE: i32 = 116130;
 
 /// A Huffman table: short codes by lookup, long ones by length.
 struct Huffman {
@@ -1115,6 +1126,66 @@ mod avx2 {
             out[..4].copy_from_slice(&_mm256_extract_epi32::<0>(bytes).to_le_bytes());
             out[4..8].copy_from_slice(&_mm256_extract_epi32::<4>(bytes).to_le_bytes());
         }
+    }
+
+    /// [`super::to_rgb`] for whole groups of sixteen pixels; answers how many pixels that were.
+    #[target_feature(enable = "avx2")]
+    pub(super) fn to_rgb(y: &[u8], cb: &[u8], cr: &[u8], out: &mut [[u8; 3]]) -> usize {
+        let groups = (y.as_chunks::<16>().0.iter())
+            .zip(cb.as_chunks::<16>().0)
+            .zip(cr.as_chunks::<16>().0)
+            .zip(out.as_chunks_mut::<16>().0);
+        let mut done = 0;
+        for (((y, cb), cr), out) in groups {
+            let mut halves = [[_mm256_setzero_si256(); 2]; 3];
+            for half in 0..2 {
+                let eight = |samples: &[u8; 16]| {
+                    let eight = i64::from_le_bytes(std::array::from_fn(|at| samples[half * 8 + at]));
+                    _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(eight))
+                };
+                let centred = |samples| _mm256_sub_epi32(eight(samples), _mm256_set1_epi32(128));
+                let times = |samples, factor| _mm256_mullo_epi32(samples, _mm256_set1_epi32(factor));
+                let (y, cb, cr) = (eight(y), centred(cb), centred(cr));
+                let green = _mm256_add_epi32(times(cb, super::CB_TO_GREEN), times(cr, super::CR_TO_GREEN));
+                for (colour, sum) in [times(cr, super::CR_TO_RED), green, times(cb, super::CB_TO_BLUE)]
+                    .into_iter()
+                    .enumerate()
+                {
+                    let rounded = _mm256_add_epi32(sum, _mm256_set1_epi32(super::HALF));
+                    halves[colour][half] = _mm256_add_epi32(y, _mm256_srai_epi32::<16>(rounded));
+                }
+            }
+            let [red, green, blue] = halves.map(|[low, high]| {
+                // Packing works within halves of a register, and orders them 0, 2, 1, 3.
+                let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(low, high));
+                _mm_packus_epi16(
+                    _mm256_castsi256_si128(words),
+                    _mm256_extracti128_si256::<1>(words),
+                )
+            });
+            let bytes = out.as_flattened_mut().as_chunks_mut::<16>().0;
+            for (third, bytes) in bytes.iter_mut().enumerate() {
+                // Byte `at` of the 48 is colour `at % 3` of pixel `at / 3`.
+                let of_colour = |colour: usize| {
+                    let places: [i8; 16] = std::array::from_fn(|byte| {
+                        let at = third * 16 + byte;
+                        if at % 3 == colour { (at / 3) as i8 } else { -1 }
+                    });
+                    i128::from_le_bytes(places.map(|place| place as u8))
+                };
+                let pick = |pixels, colour| {
+                    let places = of_colour(colour);
+                    let places = _mm_set_epi64x((places >> 64) as i64, places as i64);
+                    _mm_shuffle_epi8(pixels, places)
+                };
+                let joined = _mm_or_si128(_mm_or_si128(pick(red, 0), pick(green, 1)), pick(blue, 2));
+                let (low, high) = (_mm_cvtsi128_si64(joined), _mm_extract_epi64::<1>(joined));
+                bytes[..8].copy_from_slice(&low.to_le_bytes());
+                bytes[8..].copy_from_slice(&high.to_le_bytes());
+            }
+            done += 16;
+        }
+        done
     }
 
     #[target_feature(enable = "avx2")]

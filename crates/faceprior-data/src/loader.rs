@@ -3,8 +3,8 @@
 //! The caller's thread owns the order. It hands out tickets (picture, epoch, place in the epoch) for at most
 //! `queue` batches ahead; workers read, decode, augment and send the ticket back with its picture; [`Loader::next`]
 //! puts the pictures of one batch together, in order. Augmentation draws from (seed, epoch, place), so that neither
-//! the number of workers nor their pace shows in the result. A ticket carries the buffer for its picture and brings
-//! it back: in the steady state nothing but the batch itself is allocated.
+//! the number of workers nor their pace shows in the result. A ticket brings its picture back as bytes; they become
+//! numbers where they join the batch, in one pass.
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use serde::{Deserialize, Serialize};
 
-use crate::{DataError, Dataset, Transform, random};
+use crate::{DataError, Dataset, Image, Transform, random};
 
 /// How a [`Loader`] goes through its set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,7 +103,7 @@ pub struct Unreadable {
     pub reason: String,
 }
 
-/// One picture's way to a worker and back.
+/// One picture for a worker.
 struct Ticket {
     /// Counts tickets from the loader's start.
     number: u64,
@@ -111,8 +111,14 @@ struct Ticket {
     epoch: u64,
     /// Place in the epoch's order.
     place: u64,
-    pixels: Vec<f32>,
-    outcome: Result<(), DataError>,
+}
+
+/// What a worker made of a ticket.
+struct Outcome {
+    number: u64,
+    index: usize,
+    /// The picture cut to its size, and whether it is to be mirrored.
+    picture: Result<(Image, bool), DataError>,
 }
 
 /// Endless batches of a [`Dataset`], prepared ahead on worker threads.
@@ -131,10 +137,9 @@ pub struct Loader {
     next_ticket: u64,
     next_wanted: u64,
     to_workers: Option<Sender<Ticket>>,
-    from_workers: Receiver<Ticket>,
-    /// Tickets that came back before their turn.
-    early: HashMap<u64, Ticket>,
-    spare: Vec<Vec<f32>>,
+    from_workers: Receiver<Outcome>,
+    /// What came back before its turn.
+    early: HashMap<u64, Outcome>,
     stop: Arc<AtomicBool>,
     workers: Vec<JoinHandle<()>>,
     unreadable: BTreeMap<usize, Unreadable>,
@@ -153,8 +158,8 @@ impl Loader {
         start: Position,
     ) -> Result<Loader, DataError> {
         check(&*dataset, &transform, &config)?;
-        let (to_workers, tickets) = unbounded::<Ticket>();
-        let (done, from_workers) = unbounded::<Ticket>();
+        let (to_workers, tickets) = unbounded();
+        let (done, from_workers) = unbounded();
         let stop = Arc::new(AtomicBool::new(false));
         let mut loader = Loader {
             size: transform.size(),
@@ -166,7 +171,6 @@ impl Loader {
             to_workers: Some(to_workers),
             from_workers,
             early: HashMap::new(),
-            spare: Vec::new(),
             stop: stop.clone(),
             workers: Vec::new(),
             unreadable: BTreeMap::new(),
@@ -292,11 +296,6 @@ impl Loader {
                     index: self.order[place] as usize,
                     epoch,
                     place: place as u64,
-                    pixels: self
-                        .spare
-                        .pop()
-                        .unwrap_or_else(|| vec![0.0; 3 * self.size * self.size]),
-                    outcome: Ok(()),
                 };
                 self.next_ticket += 1;
                 self.to_workers.as_ref().and_then(|queue| queue.send(ticket).ok());
@@ -313,7 +312,7 @@ impl Loader {
         let position = self.position;
         let places = self.places(position);
         let mut batch = Batch {
-            images: Vec::with_capacity(places.len() * 3 * self.size * self.size),
+            images: vec![0.0; places.len() * 3 * self.size * self.size],
             shape: [0, 3, self.size, self.size],
             labels: Vec::with_capacity(if self.dataset.num_classes() > 0 {
                 places.len()
@@ -325,31 +324,33 @@ impl Loader {
             wait: Duration::ZERO,
         };
         for _ in places {
-            let ticket = self.wanted()?;
+            let Outcome { index, picture, .. } = self.wanted()?;
             self.next_wanted += 1;
-            match ticket.outcome {
-                Ok(()) => {
-                    batch.images.extend_from_slice(&ticket.pixels);
-                    batch.labels.extend(self.dataset.label(ticket.index));
-                    batch.indices.push(ticket.index);
+            match picture {
+                Ok((picture, mirror)) => {
+                    let length = 3 * self.size * self.size;
+                    let start = batch.indices.len() * length;
+                    picture.write_chw(&mut batch.images[start..start + length], mirror);
+                    batch.labels.extend(self.dataset.label(index));
+                    batch.indices.push(index);
                 }
-                Err(error) => self.count_unreadable(ticket.index, error)?,
+                Err(error) => self.count_unreadable(index, error)?,
             }
-            self.spare.push(ticket.pixels);
         }
         batch.shape[0] = batch.indices.len();
+        batch.images.truncate(batch.shape.iter().product());
         self.position = self.after(position);
         Ok(batch)
     }
 
-    /// The ticket whose turn it is.
-    fn wanted(&mut self) -> Result<Ticket, DataError> {
+    /// The outcome whose turn it is.
+    fn wanted(&mut self) -> Result<Outcome, DataError> {
         loop {
-            if let Some(ticket) = self.early.remove(&self.next_wanted) {
-                return Ok(ticket);
+            if let Some(outcome) = self.early.remove(&self.next_wanted) {
+                return Ok(outcome);
             }
             match self.from_workers.recv() {
-                Ok(ticket) => self.early.insert(ticket.number, ticket),
+                Ok(outcome) => self.early.insert(outcome.number, outcome),
                 // Workers live as long as the loader and catch panics: this takes a thread killed from outside.
                 Err(_) => {
                     let (name, message) = (self.position.batch.to_string(), "all workers are gone".into());
@@ -407,23 +408,31 @@ fn work(
     transform: &Transform,
     seed: u64,
     tickets: &Receiver<Ticket>,
-    done: &Sender<Ticket>,
+    done: &Sender<Outcome>,
     stop: &AtomicBool,
 ) {
-    for mut ticket in tickets {
+    for ticket in tickets {
         if stop.load(Ordering::Relaxed) {
             return;
         }
-        let pixels = &mut ticket.pixels;
-        let (index, clock) = (ticket.index, [ticket.epoch, ticket.place]);
+        let Ticket {
+            number,
+            index,
+            epoch,
+            place,
+        } = ticket;
         // A panic in a data set must reach the caller: swallowed, it would leave them waiting for ever.
-        ticket.outcome = catch_unwind(AssertUnwindSafe(|| {
-            let image = dataset.read(index)?;
-            transform.apply(&image, &mut random::stream(seed, b"augment ", clock), pixels);
-            Ok(())
+        let picture = catch_unwind(AssertUnwindSafe(|| {
+            let mut rng = random::stream(seed, b"augment ", [epoch, place]);
+            Ok(transform.pixels(dataset.read(index)?, &mut rng))
         }))
         .unwrap_or_else(|panic| Err(panicked(dataset, index, &*panic)));
-        if done.send(ticket).is_err() {
+        let outcome = Outcome {
+            number,
+            index,
+            picture,
+        };
+        if done.send(outcome).is_err() {
             return;
         }
     }
@@ -789,7 +798,7 @@ mod tests {
         loader.next().unwrap();
         std::thread::sleep(Duration::from_millis(30));
         assert_eq!(set.reads.load(Ordering::Relaxed), 30);
-        assert!(loader.spare.len() + loader.early.len() <= 30);
+        assert!(loader.early.len() <= 30);
     }
 
     #[test]

@@ -73,8 +73,22 @@ impl Transform {
     /// # Panics
     /// If `out` does not hold `3 * size * size` numbers, or a crop is larger than the resized picture.
     pub fn apply(&self, image: &Image, rng: &mut impl Rng, out: &mut [f32]) {
-        let resized = self.resized();
-        let size = self.size();
+        let (window, mirror) = self.window(rng);
+        match self.cut(image, window) {
+            Some(cut) => cut.write_chw(out, mirror),
+            None => image.write_chw(out, mirror),
+        }
+    }
+
+    /// [`apply`](Self::apply) up to the pixels: the cut picture, and whether it is to be mirrored.
+    pub(crate) fn pixels(&self, image: Image, rng: &mut impl Rng) -> (Image, bool) {
+        let (window, mirror) = self.window(rng);
+        (self.cut(&image, window).unwrap_or(image), mirror)
+    }
+
+    /// What is cut out of the resized picture, and whether it is mirrored.
+    fn window(&self, rng: &mut impl Rng) -> (Window, bool) {
+        let (resized, size) = (self.resized(), self.size());
         assert!(size > 0 && size <= resized, "{self:?} cuts more than there is");
         let room = resized - size;
         let (x, y, mirror) = match *self {
@@ -85,16 +99,20 @@ impl Transform {
             }
             Transform::ResizeCenterCrop { .. } => (centred(room), centred(room), false),
         };
-        if (image.width(), image.height(), room) == (size, size, 0) {
-            return image.write_chw(out, mirror);
-        }
         let window = Window {
             x,
             y,
             width: size,
             height: size,
         };
-        resize::bilinear(image, resized, resized, window).write_chw(out, mirror);
+        (window, mirror)
+    }
+
+    /// The window of the resized picture; none where that is the picture itself.
+    fn cut(&self, image: &Image, window: Window) -> Option<Image> {
+        let resized = self.resized();
+        let whole = (image.width(), image.height(), self.size()) == (resized, resized, resized);
+        (!whole).then(|| resize::bilinear(image, resized, resized, window))
     }
 }
 
