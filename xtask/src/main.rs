@@ -1,8 +1,9 @@
-//! What CI runs, and the long checks: `cargo xtask check [--full]`.
+//! What CI runs, and the long checks: `cargo xtask check [--full]`, `cargo xtask instructions [--record]`.
 //!
 //! `check` is the README's test command: formatting, lints, documentation and every test that needs neither
 //! network nor GPU nor real pictures. `--full` adds the checks on real data (`../shared`), the GPU features'
-//! builds and the network goldens on a GPU (on Linux Mesa's lavapipe serves where there is none).
+//! builds, the network goldens on a GPU (on Linux Mesa's lavapipe serves where there is none) and the instructions
+//! of the convolution kernels, which times would not tell on a shared machine.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::path::Path;
@@ -11,24 +12,29 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
+mod instructions;
+
 const USAGE: &str = "\
-usage: cargo xtask check [--full]
+usage: cargo xtask check [--full] | instructions [--record]
 
   check         formatting, lints, documentation, tests (what CI runs)
-  check --full  also real data in ../shared, GPU features, goldens on a GPU, supply chain";
+  check --full  also real data in ../shared, GPU features, goldens on a GPU, supply chain, instructions
+  instructions  the convolution kernels' instructions, counted by valgrind, against those on record";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let full = match arguments.as_slice() {
-        ["check"] => false,
-        ["check", "--full"] => true,
+    let outcome = match arguments.as_slice() {
+        ["check"] => check(false),
+        ["check", "--full"] => check(true),
+        ["instructions"] => instructions::check(),
+        ["instructions", "--record"] => instructions::record(),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
         }
     };
-    match check(full) {
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -84,7 +90,9 @@ fn full_checks() -> Result<()> {
     step(
         "goldens on a GPU",
         "cargo test --package faceprior-nets --features wgpu --quiet -- --ignored gpu",
-    )
+    )?;
+    println!("== instructions of the convolution kernels");
+    instructions::check()
 }
 
 /// Runs one command, shows what it is and how long it took, and fails with its name.
