@@ -19,7 +19,10 @@ const SHAPES: [(&str, [usize; 2], usize, usize, usize); 4] = [
     ("1x1-128x256-14-s1", [128, 256], 14, 1, 1),
 ];
 
-const PASSES: [(&str, fn(&mut Convolution)); 3] = [
+/// Name, and what it runs.
+type Pass = (&'static str, fn(&mut Convolution));
+
+const PASSES: [Pass; 3] = [
     ("forward", Convolution::forward),
     ("data-gradient", Convolution::data_gradient),
     ("weight-gradient", Convolution::weight_gradient),
