@@ -1,5 +1,7 @@
 //! Products of plain row-major matrices, of which one is large and passes once through the cache.
 
+use std::ops::Range;
+
 use super::lanes::{Isa, Kernel, Lanes};
 use super::tile::{Row, Runs, Strides, multiply};
 use super::{BLOCK, Shared, parallel};
@@ -9,43 +11,42 @@ const TASK_ROWS: usize = 8;
 
 /// C = A·Bᵀ for A `[M, inner]` and B `[N, inner]`: products of rows with rows. C is `[M, N]`.
 pub(crate) fn rows_by_rows(isa: Isa, inner: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
-    let (rows, columns) = (a.len() / inner, b.len() / inner);
-    assert_eq!(
-        (a.len(), b.len(), c.len()),
-        (rows * inner, columns * inner, rows * columns)
-    );
-    let c = Shared::new(c);
-    parallel(columns.div_ceil(TASK_ROWS), |task| {
-        let first = task * TASK_ROWS;
-        isa.run(DotRows {
-            inner,
-            a,
-            b,
-            c,
-            columns,
-            first,
-            last: columns.min(first + TASK_ROWS),
-        });
+    let (columns, task) = dot_rows(inner, a, b, c);
+    parallel(columns.div_ceil(TASK_ROWS), |index| {
+        let first = index * TASK_ROWS;
+        isa.run(task(first..columns.min(first + TASK_ROWS)));
     });
 }
 
 /// [`rows_by_rows`] on the calling thread.
 pub(crate) fn rows_by_rows_here(isa: Isa, inner: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
+    let (columns, task) = dot_rows(inner, a, b, c);
+    isa.run(task(0..columns));
+}
+
+/// The number of columns of C, and what makes some of them.
+fn dot_rows<'a>(
+    inner: usize,
+    a: &'a [f32],
+    b: &'a [f32],
+    c: &mut [f32],
+) -> (usize, impl Fn(Range<usize>) -> DotRows<'a> + Sync) {
     let (rows, columns) = (a.len() / inner, b.len() / inner);
     assert_eq!(
         (a.len(), b.len(), c.len()),
         (rows * inner, columns * inner, rows * columns)
     );
     let c = Shared::new(c);
-    isa.run(DotRows {
+    let task = move |of_task: Range<usize>| DotRows {
         inner,
         a,
         b,
         c,
         columns,
-        first: 0,
-        last: columns,
-    });
+        first: of_task.start,
+        last: of_task.end,
+    };
+    (columns, task)
 }
 
 struct DotRows<'a> {
