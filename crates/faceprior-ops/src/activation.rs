@@ -4,6 +4,8 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
 use crate::backend::{Function, apply4, apply5, dims, values};
+use crate::feature_map::Blocks;
+use crate::kept::Kept;
 use crate::kernels::load::Load;
 use crate::kernels::pointwise;
 use crate::pending::{Activation, Constants, GradientPath, Pending, overwrite};
@@ -81,7 +83,7 @@ pub fn bias_activation(x: FeatureMap, bias: Option<Tensor<1>>, options: BiasActi
 }
 
 /// The map without what is pending, to which the bias is added.
-fn with_bias(x: FeatureMap, bias: Option<Tensor<1>>) -> (Tensor<5>, Pending) {
+fn with_bias(x: FeatureMap, bias: Option<Tensor<1>>) -> (Blocks, Pending) {
     let channels = x.channels();
     let (blocks, pending) = x
         .pend(Pending::takes_summands, |pending| match bias {
@@ -89,7 +91,7 @@ fn with_bias(x: FeatureMap, bias: Option<Tensor<1>>) -> (Tensor<5>, Pending) {
             None => pending,
         })
         .into_parts();
-    let pending = pending.unwrap_or_else(|| Pending::identity(channels, &blocks));
+    let pending = pending.unwrap_or_else(|| Pending::identity(channels, &blocks.tensor));
     (blocks, pending)
 }
 
@@ -107,8 +109,9 @@ pub(crate) fn bias_activation_tangent(
     let tangent_of = ActivationTangent {
         activation: options.into(),
         path: pending.path(),
+        kept: x.kept,
     };
-    let x = x.detach();
+    let x = x.tensor.detach();
     let Pending {
         scale, shift, noise, ..
     } = pending;
@@ -137,6 +140,7 @@ impl From<BiasActivation> for Activation {
 struct ActivationTangent {
     activation: Activation,
     path: Option<GradientPath>,
+    kept: Kept,
 }
 
 impl ActivationTangent {
@@ -170,34 +174,45 @@ impl ActivationTangent {
 }
 
 impl Function<4> for ActivationTangent {
-    type Saved = (FlexTensor, Constants);
+    type Saved = Constants;
 
-    fn forward(&self, [x, scale, shift, tangent]: [FlexTensor; 4]) -> (FlexTensor, Self::Saved) {
+    fn forward(&self, [x, scale, shift, tangent]: [FlexTensor; 4]) -> (FlexTensor, Constants) {
+        self.kept.keep(&x);
         let constants = self.constants(&scale, &shift);
-        (self.times_slope(&x, &constants, None, tangent), (x, constants))
+        (self.times_slope(&x, &constants, None, tangent), constants)
     }
 
-    fn backward(&self, (x, constants): Self::Saved, dy: FlexTensor, _: [bool; 4]) -> [Option<FlexTensor>; 4] {
-        [None, None, None, Some(self.times_slope(&x, &constants, None, dy))]
+    fn value(&self, [x, scale, shift, tangent]: [FlexTensor; 4]) -> FlexTensor {
+        self.times_slope(&x, &self.constants(&scale, &shift), None, tangent)
+    }
+
+    fn backward(&self, constants: Constants, dy: FlexTensor, _: [bool; 4]) -> [Option<FlexTensor>; 4] {
+        let tangent = self.times_slope(&self.kept.values(), &constants, None, dy);
+        [None, None, None, Some(tangent)]
     }
 }
 
 impl Function<5> for ActivationTangent {
-    type Saved = (FlexTensor, Constants, FlexTensor);
+    type Saved = (Constants, FlexTensor);
 
     fn forward(&self, [x, scale, shift, noise, tangent]: [FlexTensor; 5]) -> (FlexTensor, Self::Saved) {
+        self.kept.keep(&x);
         let constants = self.constants(&scale, &shift);
         let y = self.times_slope(&x, &constants, Some(&noise), tangent);
-        (y, (x, constants, noise))
+        (y, (constants, noise))
+    }
+
+    fn value(&self, [x, scale, shift, noise, tangent]: [FlexTensor; 5]) -> FlexTensor {
+        self.times_slope(&x, &self.constants(&scale, &shift), Some(&noise), tangent)
     }
 
     fn backward(
         &self,
-        (x, constants, noise): Self::Saved,
+        (constants, noise): Self::Saved,
         dy: FlexTensor,
         _: [bool; 5],
     ) -> [Option<FlexTensor>; 5] {
-        let tangent = self.times_slope(&x, &constants, Some(&noise), dy);
+        let tangent = self.times_slope(&self.kept.values(), &constants, Some(&noise), dy);
         [None, None, None, None, Some(tangent)]
     }
 }

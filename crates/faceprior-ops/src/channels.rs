@@ -4,6 +4,7 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
 use crate::backend::{Function, apply1, apply4, dims, tensor, values};
+use crate::kept::Kept;
 use crate::kernels::pointwise::{self, pointwise};
 use crate::kernels::{BLOCK, Isa};
 use crate::pending::{Pending, cropped_rows, overwrite, padded_rows};
@@ -35,8 +36,11 @@ pub(crate) fn scale_channels_tangent(
         let moved = scale_channels(x_tangent, scale);
         return moved.add(scale_channels(x, scale_tangent));
     }
-    let (channels, x) = (x.channels(), x.into_blocks());
-    let y = apply4(ScaleTangent, x, x_tangent.into_blocks(), scale, scale_tangent);
+    let (channels, x, x_tangent) = (x.channels(), x.settled(), x_tangent.settled());
+    let product = ScaleTangent {
+        kept: [x.kept, x_tangent.kept],
+    };
+    let y = apply4(product, x.tensor, x_tangent.tensor, scale, scale_tangent);
     FeatureMap::from_blocks(y, channels)
 }
 
@@ -50,15 +54,15 @@ pub fn global_average_pool(x: FeatureMap) -> Tensor<2> {
     let (blocks, pending) = x.into_parts();
     // The mean of a factor and a summand's result is that of the mean; where moments were taken, it is known.
     match pending {
-        None => pool(blocks),
+        None => pool(blocks.tensor),
         Some(pending) if pending.is_linear() => {
             let mean = match pending.normalization {
                 Some(normalization) => normalization.centred_means(),
-                None => pool(blocks),
+                None => pool(blocks.tensor),
             };
             mean.mul(pending.scale).add(pending.shift)
         }
-        Some(pending) => pool(pending.settle(blocks)),
+        Some(pending) => pool(pending.settle(blocks).tensor),
     }
 }
 
@@ -86,40 +90,53 @@ pub fn add_noise(x: FeatureMap, noise: Tensor<4>, strength: Tensor<1>) -> Featur
 
 /// The product rule for a factor per picture and channel.
 #[derive(Clone, Debug)]
-struct ScaleTangent;
+struct ScaleTangent {
+    /// The map and its tangent.
+    kept: [Kept; 2],
+}
 
 impl Function<4> for ScaleTangent {
-    type Saved = [FlexTensor; 4];
+    type Saved = [FlexTensor; 2];
 
     fn forward(&self, inputs: [FlexTensor; 4]) -> (FlexTensor, Self::Saved) {
-        let [x, x_tangent, scale, scale_tangent] = &inputs;
-        let [n, blocks, ..] = dims::<5>(x);
+        for (kept, map) in self.kept.iter().zip(&inputs) {
+            kept.keep(map);
+        }
+        let y = self.value(inputs.clone());
+        let [_, _, scale, scale_tangent] = inputs;
+        (y, [scale, scale_tangent])
+    }
+
+    fn value(&self, [x, x_tangent, scale, scale_tangent]: [FlexTensor; 4]) -> FlexTensor {
+        let [n, blocks, ..] = dims::<5>(&x);
         let (y, []) = pointwise(
             Isa::best(),
             pointwise::ScaleTangent {},
             n * blocks,
-            [values(x), values(x_tangent)],
-            [&padded_rows(scale), &padded_rows(scale_tangent)],
+            [values(&x), values(&x_tangent)],
+            [&padded_rows(&scale), &padded_rows(&scale_tangent)],
         );
-        (tensor(y, dims::<5>(x)), inputs)
+        tensor(y, dims::<5>(&x))
     }
 
     fn backward(
         &self,
-        [x, x_tangent, scale, scale_tangent]: Self::Saved,
+        [scale, scale_tangent]: Self::Saved,
         dy: FlexTensor,
         wanted: [bool; 4],
     ) -> [Option<FlexTensor>; 4] {
+        let n = dims::<2>(&scale)[0];
         // Each side is a product with a constant to the other, and its gradient that of a factor.
-        let (n, centre) = (dims::<5>(&x)[0], [0.0; BLOCK]);
-        let side = |map: &FlexTensor, dy: FlexTensor, factor: &FlexTensor| {
+        let centre = [0.0; BLOCK];
+        let side = |map: &Kept, dy: FlexTensor, factor: &FlexTensor| {
             let [_, channels] = dims(factor);
             let constants: [&[f32]; 2] = [&padded_rows(factor), &centre];
-            let (gradient, [products, _]) = overwrite(pointwise::ScaleShiftGradient {}, map, dy, constants);
+            let (gradient, [products, _]) =
+                overwrite(pointwise::ScaleShiftGradient {}, &map.values(), dy, constants);
             (gradient, cropped_rows(&products, n, channels))
         };
-        let x_side = (wanted[0] || wanted[3]).then(|| side(&x, dy.clone(), &scale_tangent));
-        let tangent_side = (wanted[1] || wanted[2]).then(|| side(&x_tangent, dy, &scale));
+        let x_side = (wanted[0] || wanted[3]).then(|| side(&self.kept[0], dy.clone(), &scale_tangent));
+        let tangent_side = (wanted[1] || wanted[2]).then(|| side(&self.kept[1], dy, &scale));
         let (dx, scale_tangent) = x_side.unzip();
         let (dx_tangent, scale) = tangent_side.unzip();
         [dx, dx_tangent, scale, scale_tangent]

@@ -6,11 +6,13 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
 use crate::backend::{Function, apply2, apply4, apply5, dims, tensor, values};
+use crate::feature_map::Blocks;
+use crate::kept::{Kept, WeakKept};
 use crate::kernels::direct::{self, Geometry};
 use crate::kernels::load::Load;
-use crate::kernels::winograd::{self, Shape};
+use crate::kernels::winograd::{self, Shape, Tile};
 use crate::kernels::{BLOCK, Isa, depthwise};
-use crate::pending::{Activation, Constants, GradientPath, deliver};
+use crate::pending::{Activation, Constants, GradientPath, Pending, deliver};
 use crate::pool::Buffer;
 use crate::prepared::{self, Form, prepared};
 use crate::{FeatureMap, reference};
@@ -67,18 +69,29 @@ pub fn conv2d(x: FeatureMap, weight: Tensor<4>, options: Conv2dOptions) -> Featu
         return FeatureMap::from_blocks(reference::conv2d(x.into_blocks(), weight, options), o);
     }
     let (x, pending) = x.into_parts();
-    let convolution = |path| Convolution { options, path };
-    let y = match pending {
-        None => apply2(convolution(None), x, weight),
-        Some(pending) => {
-            let path = pending.path();
-            match pending.slope {
-                None => apply4(convolution(path), x, weight, pending.scale, pending.shift),
-                Some(slope) => apply5(convolution(path), x, weight, pending.scale, pending.shift, slope),
-            }
-        }
+    let (x, input, kept) = (x.tensor, x.kept, Kept::default());
+    let convolution = Convolution {
+        options,
+        path: pending.as_ref().and_then(Pending::path),
+        input,
+        output: kept.downgrade(),
     };
-    FeatureMap::from_blocks(y, o)
+    let tensor = match pending {
+        None => apply2(convolution, x, weight),
+        Some(Pending {
+            scale,
+            shift,
+            slope: None,
+            ..
+        }) => apply4(convolution, x, weight, scale, shift),
+        Some(Pending {
+            scale,
+            shift,
+            slope: Some(slope),
+            ..
+        }) => apply5(convolution, x, weight, scale, shift, slope),
+    };
+    FeatureMap::from_blocks(Blocks { tensor, kept }, o)
 }
 
 /// Convolution on blocks, by whichever kernel suits the shape, of a map or of what is still to be done to it.
@@ -86,11 +99,13 @@ pub fn conv2d(x: FeatureMap, weight: Tensor<4>, options: Conv2dOptions) -> Featu
 struct Convolution {
     options: Conv2dOptions,
     path: Option<GradientPath>,
+    input: Kept,
+    output: WeakKept,
 }
 
 #[derive(Clone, Copy)]
 enum Algorithm {
-    Winograd(Shape),
+    Winograd(Shape, Tile),
     Direct(Geometry),
     Depthwise(Geometry),
 }
@@ -119,6 +134,27 @@ impl Convolution {
     }
 
     fn algorithm(&self, geometry: Geometry) -> Algorithm {
+        if self.options.groups > 1 {
+            return Algorithm::Depthwise(geometry);
+        }
+        match self.winograd(geometry) {
+            Some(shape) if shape.tiles_of(4) >= MIN_WINOGRAD_TILES => Algorithm::Winograd(shape, Tile::Four),
+            _ => Algorithm::Direct(geometry),
+        }
+    }
+
+    /// The same where the weight is prepared already.
+    fn algorithm_prepared(&self, geometry: Geometry) -> Algorithm {
+        match (self.algorithm(geometry), self.winograd(geometry)) {
+            (Algorithm::Direct(_), Some(shape)) if shape.tiles_of(2) >= MIN_WINOGRAD_TILES => {
+                Algorithm::Winograd(shape, Tile::Two)
+            }
+            (algorithm, _) => algorithm,
+        }
+    }
+
+    /// The shape, if it is one that Winograd's form can compute and has full blocks for.
+    fn winograd(&self, geometry: Geometry) -> Option<Shape> {
         let Geometry {
             n,
             i,
@@ -128,26 +164,16 @@ impl Convolution {
             kernel,
             ..
         } = geometry;
-        let shape = Shape { n, i, o, h, w };
-        if self.options.groups > 1 {
-            Algorithm::Depthwise(geometry)
-        } else if self.options == Conv2dOptions::same3x3()
-            && kernel == [3, 3]
-            && i >= BLOCK
-            && o >= BLOCK
-            && shape.tiles() >= MIN_WINOGRAD_TILES
-        {
-            Algorithm::Winograd(shape)
-        } else {
-            Algorithm::Direct(geometry)
-        }
+        let fits = self.options == Conv2dOptions::same3x3() && kernel == [3, 3] && i >= BLOCK && o >= BLOCK;
+        fits.then_some(Shape { n, i, o, h, w })
     }
 }
 
 impl Convolution {
-    /// The output; `prepare` makes the weight ready for a kernel.
+    /// The output by an algorithm; `prepare` makes the weight ready for a kernel.
     fn output(
         &self,
+        algorithm: Algorithm,
         x: &FlexTensor,
         load: Option<Load>,
         weight: &FlexTensor,
@@ -157,10 +183,12 @@ impl Convolution {
         let ([oh, ow], blocks) = (geometry.outputs(), geometry.o.div_ceil(BLOCK));
         let mut y = Buffer::take(geometry.n * blocks * oh * ow * BLOCK);
         let (isa, from) = (Isa::best(), values(x));
-        match self.algorithm(geometry) {
-            Algorithm::Winograd(shape) => {
-                let prepared = prepare(Form::Winograd, &|weight| winograd::prepare(isa, shape, weight));
-                winograd::forward(isa, shape, from, load, &prepared, &mut y);
+        match algorithm {
+            Algorithm::Winograd(shape, tile) => {
+                let prepared = prepare(Form::Winograd(tile), &|weight| {
+                    winograd::prepare(isa, shape, tile, weight)
+                });
+                winograd::forward(isa, shape, tile, from, load, &prepared, &mut y);
             }
             Algorithm::Direct(geometry) => {
                 let prepared = prepare(Form::Direct, &|weight| direct::prepare(isa, geometry, weight));
@@ -173,19 +201,41 @@ impl Convolution {
         tensor(y, [geometry.n, blocks, oh, ow, BLOCK])
     }
 
-    /// The output where a gradient will be asked for.
-    fn tracked(&self, x: &FlexTensor, load: Option<Load>, weight: &FlexTensor) -> FlexTensor {
+    /// The output with a weight that is prepared for it alone.
+    fn fresh(&self, x: &FlexTensor, load: Option<Load>, weight: &FlexTensor) -> FlexTensor {
+        let algorithm = self.algorithm(self.geometry(x, weight));
+        let prepare = |_, prepare: &dyn Fn(&[f32]) -> Buffer| Arc::new(prepare(values(weight)));
+        self.output(algorithm, x, load, weight, prepare)
+    }
+
+    /// The output where a gradient will be asked for, and what the tape keeps.
+    fn tracked(
+        &self,
+        x: &FlexTensor,
+        constants: Option<Constants>,
+        weight: FlexTensor,
+    ) -> (FlexTensor, Saved) {
         prepared::forget_dead();
-        self.output(x, load, weight, |_, prepare| Arc::new(prepare(values(weight))))
+        self.input.keep(x);
+        let saved = Saved { weight, constants };
+        let y = self.fresh(x, saved.load(), &saved.weight);
+        self.output.compute_again(&self.input, || {
+            let (this, saved) = (self.clone(), saved.clone());
+            move || this.fresh(&this.input.values(), saved.load(), &saved.weight)
+        });
+        (y, saved)
     }
 
     /// The output where none will: weights may stay prepared, if that is a good part of the work.
-    fn untracked(&self, x: &FlexTensor, load: Option<Load>, weight: &FlexTensor) -> FlexTensor {
-        let [n, _, h, w, _] = dims(x);
+    fn untracked(&self, x: &FlexTensor, constants: Option<&Constants>, weight: &FlexTensor) -> FlexTensor {
+        let ([n, _, h, w, _], load) = (dims(x), constants.map(Constants::load));
         if n * h * w > MAX_PREPARED_PIXELS {
-            return self.output(x, load, weight, |_, prepare| Arc::new(prepare(values(weight))));
+            return self.fresh(x, load, weight);
         }
-        self.output(x, load, weight, |form, prepare| prepared(weight, form, prepare))
+        let algorithm = self.algorithm_prepared(self.geometry(x, weight));
+        self.output(algorithm, x, load, weight, |form, prepare| {
+            prepared(weight, form, prepare)
+        })
     }
 
     /// The gradients of what was read and of the weight.
@@ -203,7 +253,7 @@ impl Convolution {
         let dw = of_weight.then(|| {
             let mut dw = Buffer::take(taps.len());
             match algorithm {
-                Algorithm::Winograd(shape) => {
+                Algorithm::Winograd(shape, _) => {
                     winograd::weight_gradient(isa, shape, from, load, gradient, &mut dw);
                 }
                 Algorithm::Direct(geometry) => {
@@ -218,7 +268,7 @@ impl Convolution {
         let dx = of_x.then(|| {
             let mut dx = Buffer::take(from.len());
             match algorithm {
-                Algorithm::Winograd(shape) => winograd::data_gradient(isa, shape, gradient, taps, &mut dx),
+                Algorithm::Winograd(shape, _) => winograd::data_gradient(isa, shape, gradient, taps, &mut dx),
                 Algorithm::Direct(geometry) => direct::data_gradient(isa, geometry, gradient, taps, &mut dx),
                 Algorithm::Depthwise(geometry) => {
                     depthwise::data_gradient(isa, geometry, gradient, taps, &mut dx);
@@ -232,13 +282,13 @@ impl Convolution {
     /// The gradients of the map as it is and of scale, shift and slope, and that of the weight.
     fn loading_gradients(
         &self,
-        Loaded { x, weight, constants }: Loaded,
+        saved: &Saved,
         dy: &FlexTensor,
         wanted: [bool; 2],
     ) -> (Option<FlexTensor>, Option<FlexTensor>, [Option<FlexTensor>; 3]) {
-        let [of_x, of_weight] = wanted;
-        let [read, dw] = self.gradients(&x, Some(constants.load()), &weight, dy, [true, of_weight]);
-        let Some(read) = read else {
+        let ([of_x, of_weight], x) = (wanted, self.input.values());
+        let [read, dw] = self.gradients(&x, saved.load(), &saved.weight, dy, [true, of_weight]);
+        let (Some(read), Some(constants)) = (read, &saved.constants) else {
             return (None, dw, [None, None, None]);
         };
         let (dx, parameters) = constants.gradients(&x, read, Activation::LINEAR);
@@ -249,71 +299,70 @@ impl Convolution {
 /// Above this many input pixels preparing a weight is a small part of the work.
 const MAX_PREPARED_PIXELS: usize = 2048;
 
-/// What a convolution with something pending keeps.
+/// What a convolution keeps beside its input.
 #[derive(Clone, Debug)]
-struct Loaded {
-    x: FlexTensor,
+struct Saved {
     weight: FlexTensor,
-    constants: Constants,
+    /// Where something was pending.
+    constants: Option<Constants>,
+}
+
+impl Saved {
+    fn load(&self) -> Option<Load<'_>> {
+        self.constants.as_ref().map(Constants::load)
+    }
 }
 
 impl Function<2> for Convolution {
-    type Saved = [FlexTensor; 2];
+    type Saved = Saved;
 
-    fn forward(&self, [x, weight]: [FlexTensor; 2]) -> (FlexTensor, Self::Saved) {
-        (self.tracked(&x, None, &weight), [x, weight])
+    fn forward(&self, [x, weight]: [FlexTensor; 2]) -> (FlexTensor, Saved) {
+        self.tracked(&x, None, weight)
     }
 
     fn value(&self, [x, weight]: [FlexTensor; 2]) -> FlexTensor {
         self.untracked(&x, None, &weight)
     }
 
-    fn backward(
-        &self,
-        [x, weight]: Self::Saved,
-        dy: FlexTensor,
-        wanted: [bool; 2],
-    ) -> [Option<FlexTensor>; 2] {
-        self.gradients(&x, None, &weight, &dy, wanted)
+    fn backward(&self, saved: Saved, dy: FlexTensor, wanted: [bool; 2]) -> [Option<FlexTensor>; 2] {
+        self.gradients(&self.input.values(), None, &saved.weight, &dy, wanted)
     }
 }
 
 impl Function<4> for Convolution {
-    type Saved = Loaded;
+    type Saved = Saved;
 
-    fn forward(&self, [x, weight, scale, shift]: [FlexTensor; 4]) -> (FlexTensor, Loaded) {
+    fn forward(&self, [x, weight, scale, shift]: [FlexTensor; 4]) -> (FlexTensor, Saved) {
         let constants = Constants::linear(&scale, &shift, self.path.as_ref());
-        let y = self.tracked(&x, Some(constants.load()), &weight);
-        (y, Loaded { x, weight, constants })
+        self.tracked(&x, Some(constants), weight)
     }
 
     fn value(&self, [x, weight, scale, shift]: [FlexTensor; 4]) -> FlexTensor {
         let constants = Constants::linear(&scale, &shift, self.path.as_ref());
-        self.untracked(&x, Some(constants.load()), &weight)
+        self.untracked(&x, Some(&constants), &weight)
     }
 
-    fn backward(&self, saved: Loaded, dy: FlexTensor, wanted: [bool; 4]) -> [Option<FlexTensor>; 4] {
-        let (dx, dw, [scale, shift, _]) = self.loading_gradients(saved, &dy, [wanted[0], wanted[1]]);
+    fn backward(&self, saved: Saved, dy: FlexTensor, wanted: [bool; 4]) -> [Option<FlexTensor>; 4] {
+        let (dx, dw, [scale, shift, _]) = self.loading_gradients(&saved, &dy, [wanted[0], wanted[1]]);
         [dx, dw, scale, shift]
     }
 }
 
 impl Function<5> for Convolution {
-    type Saved = Loaded;
+    type Saved = Saved;
 
-    fn forward(&self, [x, weight, scale, shift, slope]: [FlexTensor; 5]) -> (FlexTensor, Loaded) {
+    fn forward(&self, [x, weight, scale, shift, slope]: [FlexTensor; 5]) -> (FlexTensor, Saved) {
         let constants = Constants::new(&scale, &shift, values(&slope), self.path.as_ref());
-        let y = self.tracked(&x, Some(constants.load()), &weight);
-        (y, Loaded { x, weight, constants })
+        self.tracked(&x, Some(constants), weight)
     }
 
     fn value(&self, [x, weight, scale, shift, slope]: [FlexTensor; 5]) -> FlexTensor {
         let constants = Constants::new(&scale, &shift, values(&slope), self.path.as_ref());
-        self.untracked(&x, Some(constants.load()), &weight)
+        self.untracked(&x, Some(&constants), &weight)
     }
 
-    fn backward(&self, saved: Loaded, dy: FlexTensor, wanted: [bool; 5]) -> [Option<FlexTensor>; 5] {
-        let (dx, dw, [scale, shift, slope]) = self.loading_gradients(saved, &dy, [wanted[0], wanted[1]]);
+    fn backward(&self, saved: Saved, dy: FlexTensor, wanted: [bool; 5]) -> [Option<FlexTensor>; 5] {
+        let (dx, dw, [scale, shift, slope]) = self.loading_gradients(&saved, &dy, [wanted[0], wanted[1]]);
         [dx, dw, scale, shift, slope]
     }
 }
@@ -356,6 +405,8 @@ mod tests {
         let convolution = Convolution {
             options: Conv2dOptions::same3x3(),
             path: None,
+            input: Kept::default(),
+            output: Kept::default().downgrade(),
         };
         let geometry = Geometry {
             n: 2,
@@ -367,11 +418,20 @@ mod tests {
             stride: 1,
             padding: 1,
         };
-        assert!(matches!(convolution.algorithm(geometry), Algorithm::Winograd(_)));
-        assert!(matches!(
-            convolution.algorithm(Geometry { n: 1, ..geometry }),
-            Algorithm::Direct(_)
-        ));
+        let one = Geometry { n: 1, ..geometry };
+        let winograd = |algorithm| match algorithm {
+            Algorithm::Winograd(_, tile) => Some(tile),
+            _ => None,
+        };
+        assert_eq!(winograd(convolution.algorithm(geometry)), Some(Tile::Four));
+        assert_eq!(
+            winograd(convolution.algorithm_prepared(geometry)),
+            Some(Tile::Four)
+        );
+        assert_eq!(winograd(convolution.algorithm(one)), None);
+        assert_eq!(winograd(convolution.algorithm_prepared(one)), Some(Tile::Two));
+        let small = Geometry { h: 7, w: 7, ..one };
+        assert_eq!(winograd(convolution.algorithm_prepared(small)), None);
     }
 
     #[test]

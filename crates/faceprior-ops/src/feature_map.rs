@@ -5,6 +5,7 @@ use burn::tensor::{Device, Tensor};
 use burn_flex::FlexTensor;
 
 use crate::backend::{Function, apply1, apply2, dims, tensor, values};
+use crate::kept::Kept;
 use crate::kernels::{BLOCK, Isa, layout, pointwise};
 use crate::pending::Pending;
 use crate::reference;
@@ -21,9 +22,25 @@ use crate::reference;
 /// Maps that meet in one operation must live on the same device.
 #[derive(Clone, Debug)]
 pub struct FeatureMap {
-    blocks: Tensor<5>,
+    blocks: Blocks,
     channels: usize,
     pending: Option<Pending>,
+}
+
+/// The values of a map in its layout, and where they wait for the backward pass.
+#[derive(Clone, Debug)]
+pub(crate) struct Blocks {
+    pub(crate) tensor: Tensor<5>,
+    pub(crate) kept: Kept,
+}
+
+impl From<Tensor<5>> for Blocks {
+    fn from(tensor: Tensor<5>) -> Self {
+        Self {
+            tensor,
+            kept: Kept::default(),
+        }
+    }
 }
 
 impl FeatureMap {
@@ -47,19 +64,19 @@ impl FeatureMap {
         if self.is_blocked() {
             apply1(Unblock { channels }, self.into_blocks())
         } else {
-            reference::unblock(self.blocks, channels)
+            reference::unblock(self.blocks.tensor, channels)
         }
     }
 
     /// The shape `[N, C, H, W]`.
     pub fn dims(&self) -> [usize; 4] {
-        let [n, _, h, w, _] = self.blocks.dims();
+        let [n, _, h, w, _] = self.blocks.tensor.dims();
         [n, self.channels, h, w]
     }
 
     /// The device that holds the activation.
     pub fn device(&self) -> Device {
-        self.blocks.device()
+        self.blocks.tensor.device()
     }
 
     /// The sum of two maps of one shape.
@@ -74,7 +91,7 @@ impl FeatureMap {
             "feature maps that are added must have one shape"
         );
         if !self.is_blocked() {
-            return self.map(|x| x.add(other.blocks));
+            return self.map(|x| x.add(other.blocks.tensor));
         }
         // What is still to be done to one of the two is done in the same pass.
         let (one, other) = if self.is_linear() {
@@ -127,7 +144,7 @@ impl FeatureMap {
     /// # Panics
     /// If either part would be empty.
     pub fn split_batch(self, at: usize) -> (FeatureMap, FeatureMap) {
-        let n = self.blocks.dims()[0];
+        let n = self.blocks.tensor.dims()[0];
         assert!(0 < at && at < n, "cannot split a batch of {n} at {at}");
         let channels = self.channels;
         let blocks = self.into_blocks();
@@ -144,8 +161,10 @@ impl FeatureMap {
         self.map(|x| x.detach())
     }
 
-    pub(crate) fn from_blocks(blocks: Tensor<5>, channels: usize) -> Self {
-        debug_assert_eq!(blocks.dims()[1], channels.div_ceil(blocks.dims()[4]));
+    pub(crate) fn from_blocks(blocks: impl Into<Blocks>, channels: usize) -> Self {
+        let blocks = blocks.into();
+        let [_, count, _, _, width] = blocks.tensor.dims();
+        debug_assert_eq!(count, channels.div_ceil(width));
         Self {
             blocks,
             channels,
@@ -155,6 +174,11 @@ impl FeatureMap {
 
     /// The blocks with nothing pending.
     pub(crate) fn into_blocks(self) -> Tensor<5> {
+        self.settled().tensor
+    }
+
+    /// The blocks with nothing pending, and where they wait.
+    pub(crate) fn settled(self) -> Blocks {
         match self.pending {
             Some(pending) => pending.settle(self.blocks),
             None => self.blocks,
@@ -162,7 +186,7 @@ impl FeatureMap {
     }
 
     /// The blocks as they are, and what is still to be done to them.
-    pub(crate) fn into_parts(self) -> (Tensor<5>, Option<Pending>) {
+    pub(crate) fn into_parts(self) -> (Blocks, Option<Pending>) {
         (self.blocks, self.pending)
     }
 
@@ -174,11 +198,8 @@ impl FeatureMap {
         let (blocks, pending) = match self.pending {
             Some(pending) if fit(&pending) => (self.blocks, pending),
             pending => {
-                let blocks = match pending {
-                    Some(pending) => pending.settle(self.blocks),
-                    None => self.blocks,
-                };
-                let identity = Pending::identity(channels, &blocks);
+                let blocks = FeatureMap { pending, ..self }.settled();
+                let identity = Pending::identity(channels, &blocks.tensor);
                 (blocks, identity)
             }
         };
@@ -193,7 +214,7 @@ impl FeatureMap {
     pub(crate) fn filter(self, f: impl FnOnce(Tensor<5>) -> Tensor<5>) -> Self {
         match self.pending {
             Some(pending) if pending.commutes_with_filters() => Self {
-                blocks: f(self.blocks),
+                blocks: f(self.blocks.tensor).into(),
                 channels: self.channels,
                 pending: Some(pending.moved()),
             },
@@ -212,7 +233,7 @@ impl FeatureMap {
 
     /// Whether the layout is the CPU's, which kernels work on.
     pub(crate) fn is_blocked(&self) -> bool {
-        self.blocks.dims()[4] == BLOCK
+        self.blocks.tensor.dims()[4] == BLOCK
     }
 
     /// Applies a function of the blocks that keeps the channels.
@@ -223,7 +244,7 @@ impl FeatureMap {
 }
 
 /// Whether the device is Burn's Flex backend, with or without autodiff.
-pub(crate) fn is_cpu(device: &Device) -> bool {
+pub fn is_cpu(device: &Device) -> bool {
     match device.as_dispatch() {
         DispatchDevice::Flex(_) => true,
         DispatchDevice::Autodiff(inner) => matches!(**inner, DispatchDevice::Flex(_)),

@@ -4,6 +4,7 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
 use crate::backend::{Function, apply1, apply3, dims, small_tensor, tensor, values};
+use crate::kept::Kept;
 use crate::kernels::{BLOCK, Isa, pointwise};
 use crate::pending::{GradientPath, Normalization, Pending, Waiting, overwrite};
 use crate::{FeatureMap, reference};
@@ -74,18 +75,19 @@ pub fn batch_norm_train(
             BatchStatistics { mean, var, count },
         );
     }
-    let x = x.into_blocks();
+    let x = x.settled();
     let waiting = Waiting::default();
     let moments: Tensor<3> = apply1(
         Moments {
             channels: c,
             waiting: waiting.clone(),
+            kept: x.kept.clone(),
         },
-        x.clone(),
+        x.tensor.clone(),
     ); // [N, 2, C]
     let known = moments.to_data().try_to_vec::<f32>().expect("an f32 tensor");
     let normalize = Normalize::new(&known, c, eps);
-    let device = x.device();
+    let device = x.tensor.device();
     let statistic = |values: &[f64]| {
         let values: Vec<_> = values.iter().map(|value| *value as f32).collect();
         Tensor::from_floats(values.as_slice(), &device)
@@ -112,15 +114,14 @@ pub fn batch_norm_train(
 struct Moments {
     channels: usize,
     waiting: Waiting,
+    kept: Kept,
 }
 
-impl Function<1> for Moments {
-    /// The map and the planes' means.
-    type Saved = (FlexTensor, Vec<f32>);
-
-    fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, Self::Saved) {
-        let ([n, blocks, ..], channels) = (dims::<5>(&x), self.channels);
-        let planes = pointwise::moments(Isa::best(), n * blocks, values(&x));
+impl Moments {
+    /// The moments, and the means for the backward pass.
+    fn run(&self, x: &FlexTensor) -> (FlexTensor, Vec<f32>) {
+        let ([n, blocks, ..], channels) = (dims::<5>(x), self.channels);
+        let planes = pointwise::moments(Isa::best(), n * blocks, values(x));
         let mut moments = vec![0.0; n * 2 * channels];
         let mut means = vec![0.0; n * blocks * BLOCK];
         for (index, plane) in planes.iter().enumerate() {
@@ -133,20 +134,30 @@ impl Function<1> for Moments {
                 means[index * BLOCK + lane] = mean;
             }
         }
-        (small_tensor(&moments, [n, 2, channels]), (x, means))
+        (small_tensor(&moments, [n, 2, channels]), means)
+    }
+}
+
+impl Function<1> for Moments {
+    /// The planes' means.
+    type Saved = Vec<f32>;
+
+    fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, Vec<f32>) {
+        self.kept.keep(&x);
+        self.run(&x)
+    }
+
+    fn value(&self, [x]: [FlexTensor; 1]) -> FlexTensor {
+        self.run(&x).0
     }
 
     /// With the plane's mean `m` and P pixels: `dx = dm/P + dv · 2(x − m)/P`.
-    fn backward(
-        &self,
-        (x, means): Self::Saved,
-        dy: FlexTensor,
-        wanted: [bool; 1],
-    ) -> [Option<FlexTensor>; 1] {
+    fn backward(&self, means: Vec<f32>, dy: FlexTensor, wanted: [bool; 1]) -> [Option<FlexTensor>; 1] {
         let waiting = self.waiting.take();
         if !wanted[0] {
             return [None];
         }
+        let x = self.kept.values();
         let ([n, blocks, h, w, _], channels) = (dims(&x), self.channels);
         let (dy, pixels) = (values(&dy), (h * w) as f32);
         let mut constants = [(); 2].map(|()| vec![0.0; n * blocks * BLOCK]);

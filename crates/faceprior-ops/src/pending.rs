@@ -12,6 +12,8 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
 use crate::backend::{Function, apply3, apply4, apply5, dims, small_tensor, tensor, values};
+use crate::feature_map::Blocks;
+use crate::kept::Kept;
 use crate::kernels::load::Load;
 use crate::kernels::pointwise::{self, over_pictures, pointwise, pointwise_in_place};
 use crate::kernels::{BLOCK, Isa};
@@ -32,7 +34,7 @@ pub(crate) struct Pending {
     /// Where scale and shift came from the moments of the map itself.
     pub(crate) normalization: Option<Normalization>,
     /// The map with everything applied, once somebody needed it.
-    settled: Arc<OnceLock<Tensor<5>>>,
+    settled: Arc<OnceLock<Blocks>>,
 }
 
 /// What a batch-normalised map knows of its statistics.
@@ -189,35 +191,41 @@ impl Pending {
     }
 
     /// The blocks of a map after everything; computed once, however many ask.
-    pub(crate) fn settle(&self, x: Tensor<5>) -> Tensor<5> {
+    pub(crate) fn settle(&self, x: Blocks) -> Blocks {
         let settle = || match self.slope.clone() {
             Some(slope) => {
                 let apply = Apply {
                     activation: Activation::LINEAR,
                     path: self.path(),
+                    kept: x.kept,
                 };
-                apply4(apply, x, self.scale.clone(), self.shift.clone(), slope)
+                apply4(apply, x.tensor, self.scale.clone(), self.shift.clone(), slope).into()
             }
-            None => self.clone().activate(x, Activation::LINEAR),
+            None => self.clone().activate(x, Activation::LINEAR).into(),
         };
         self.settled.get_or_init(settle).clone()
     }
 
     /// The blocks of a map after everything, an activation following in the same pass; there is no slope yet.
-    pub(crate) fn activate(self, x: Tensor<5>, activation: Activation) -> Tensor<5> {
-        let path = self.path();
-        let apply = Apply { activation, path };
+    pub(crate) fn activate(self, x: Blocks, activation: Activation) -> Tensor<5> {
+        let (path, kept) = (self.path(), x.kept);
+        let apply = Apply {
+            activation,
+            path,
+            kept,
+        };
         match self.noise {
-            Some((noise, strength)) => apply5(apply, x, self.scale, self.shift, noise, strength),
-            None => apply3(apply, x, self.scale, self.shift),
+            Some((noise, strength)) => apply5(apply, x.tensor, self.scale, self.shift, noise, strength),
+            None => apply3(apply, x.tensor, self.scale, self.shift),
         }
     }
 
     /// The blocks of a map after a factor and a summand, plus another map.
-    pub(crate) fn add(self, x: Tensor<5>, other: Tensor<5>) -> Tensor<5> {
+    pub(crate) fn add(self, x: Blocks, other: Tensor<5>) -> Tensor<5> {
+        let (path, kept) = (self.path(), x.kept);
         apply4(
-            ApplyAndAdd { path: self.path() },
-            x,
+            ApplyAndAdd { path, kept },
+            x.tensor,
             self.scale,
             self.shift,
             other,
@@ -349,6 +357,7 @@ struct Apply {
     /// Its slope stands for a slope per channel where there is none.
     activation: Activation,
     path: Option<GradientPath>,
+    kept: Kept,
 }
 
 impl Apply {
@@ -392,53 +401,11 @@ impl Apply {
             strength,
         }
     }
-}
 
-impl Function<3> for Apply {
-    type Saved = (FlexTensor, Constants);
-
-    fn forward(&self, [x, scale, shift]: [FlexTensor; 3]) -> (FlexTensor, Self::Saved) {
-        let constants = self.constants(&scale, &shift, None);
-        (self.run(&x, &constants), (x, constants))
-    }
-
-    fn backward(
+    fn run_noisy(
         &self,
-        (x, constants): Self::Saved,
-        dy: FlexTensor,
-        wanted: [bool; 3],
-    ) -> [Option<FlexTensor>; 3] {
-        let (dx, [scale, shift, _]) = constants.gradients(&x, dy, self.activation);
-        let dx = deliver(self.path.as_ref(), wanted[0], dx);
-        [dx, Some(scale), Some(shift)]
-    }
-}
-
-impl Function<4> for Apply {
-    type Saved = (FlexTensor, Constants);
-
-    fn forward(&self, [x, scale, shift, slope]: [FlexTensor; 4]) -> (FlexTensor, Self::Saved) {
-        let constants = self.constants(&scale, &shift, Some(&slope));
-        (self.run(&x, &constants), (x, constants))
-    }
-
-    fn backward(
-        &self,
-        (x, constants): Self::Saved,
-        dy: FlexTensor,
-        wanted: [bool; 4],
-    ) -> [Option<FlexTensor>; 4] {
-        let (dx, [scale, shift, slope]) = constants.gradients(&x, dy, self.activation);
-        let dx = deliver(self.path.as_ref(), wanted[0], dx);
-        [dx, Some(scale), Some(shift), Some(slope)]
-    }
-}
-
-impl Function<5> for Apply {
-    /// The map, its constants, the noise and its strength.
-    type Saved = (FlexTensor, Constants, FlexTensor, f32);
-
-    fn forward(&self, [x, scale, shift, noise, strength]: [FlexTensor; 5]) -> (FlexTensor, Self::Saved) {
+        [x, scale, shift, noise, strength]: [FlexTensor; 5],
+    ) -> (FlexTensor, (Constants, FlexTensor, f32)) {
         let [n, blocks, ..] = dims::<5>(&x);
         let strength = values(&strength)[0];
         let constants = self.constants(&scale, &shift, None);
@@ -449,15 +416,70 @@ impl Function<5> for Apply {
             [values(&x)],
             [&constants.scale, &constants.shift, &constants.slope],
         );
-        (tensor(y, dims::<5>(&x)), (x, constants, noise, strength))
+        (tensor(y, dims::<5>(&x)), (constants, noise, strength))
+    }
+}
+
+impl Function<3> for Apply {
+    type Saved = Constants;
+
+    fn forward(&self, [x, scale, shift]: [FlexTensor; 3]) -> (FlexTensor, Constants) {
+        self.kept.keep(&x);
+        let constants = self.constants(&scale, &shift, None);
+        (self.run(&x, &constants), constants)
+    }
+
+    fn value(&self, [x, scale, shift]: [FlexTensor; 3]) -> FlexTensor {
+        self.run(&x, &self.constants(&scale, &shift, None))
+    }
+
+    fn backward(&self, constants: Constants, dy: FlexTensor, wanted: [bool; 3]) -> [Option<FlexTensor>; 3] {
+        let (dx, [scale, shift, _]) = constants.gradients(&self.kept.values(), dy, self.activation);
+        let dx = deliver(self.path.as_ref(), wanted[0], dx);
+        [dx, Some(scale), Some(shift)]
+    }
+}
+
+impl Function<4> for Apply {
+    type Saved = Constants;
+
+    fn forward(&self, [x, scale, shift, slope]: [FlexTensor; 4]) -> (FlexTensor, Constants) {
+        self.kept.keep(&x);
+        let constants = self.constants(&scale, &shift, Some(&slope));
+        (self.run(&x, &constants), constants)
+    }
+
+    fn value(&self, [x, scale, shift, slope]: [FlexTensor; 4]) -> FlexTensor {
+        self.run(&x, &self.constants(&scale, &shift, Some(&slope)))
+    }
+
+    fn backward(&self, constants: Constants, dy: FlexTensor, wanted: [bool; 4]) -> [Option<FlexTensor>; 4] {
+        let (dx, [scale, shift, slope]) = constants.gradients(&self.kept.values(), dy, self.activation);
+        let dx = deliver(self.path.as_ref(), wanted[0], dx);
+        [dx, Some(scale), Some(shift), Some(slope)]
+    }
+}
+
+impl Function<5> for Apply {
+    /// The constants, the noise and its strength.
+    type Saved = (Constants, FlexTensor, f32);
+
+    fn forward(&self, inputs: [FlexTensor; 5]) -> (FlexTensor, Self::Saved) {
+        self.kept.keep(&inputs[0]);
+        self.run_noisy(inputs)
+    }
+
+    fn value(&self, inputs: [FlexTensor; 5]) -> FlexTensor {
+        self.run_noisy(inputs).0
     }
 
     fn backward(
         &self,
-        (x, constants, noise, strength): Self::Saved,
+        (constants, noise, strength): Self::Saved,
         dy: FlexTensor,
         wanted: [bool; 5],
     ) -> [Option<FlexTensor>; 5] {
+        let x = self.kept.values();
         let (dx, [products, gradients, _, strengths]) = overwrite(
             self.noisy(&x, &noise, strength),
             &x,
@@ -485,33 +507,41 @@ impl Function<5> for Apply {
 #[derive(Clone, Debug)]
 struct ApplyAndAdd {
     path: Option<GradientPath>,
+    kept: Kept,
 }
 
-impl Function<4> for ApplyAndAdd {
-    type Saved = (FlexTensor, Constants);
-
-    fn forward(&self, [x, scale, shift, other]: [FlexTensor; 4]) -> (FlexTensor, Self::Saved) {
-        let [n, blocks, ..] = dims::<5>(&x);
-        let constants = Constants::new(&scale, &shift, &[], self.path.as_ref());
+impl ApplyAndAdd {
+    fn run(&self, [x, scale, shift, other]: &[FlexTensor; 4]) -> (FlexTensor, Constants) {
+        let [n, blocks, ..] = dims::<5>(x);
+        let constants = Constants::new(scale, shift, &[], self.path.as_ref());
         let (y, []) = pointwise(
             Isa::best(),
             pointwise::ScaleShiftAdd {},
             n * blocks,
-            [values(&x), values(&other)],
+            [values(x), values(other)],
             [&constants.scale, &constants.shift],
         );
-        (tensor(y, dims::<5>(&x)), (x, constants))
+        (tensor(y, dims::<5>(x)), constants)
+    }
+}
+
+impl Function<4> for ApplyAndAdd {
+    type Saved = Constants;
+
+    fn forward(&self, inputs: [FlexTensor; 4]) -> (FlexTensor, Constants) {
+        self.kept.keep(&inputs[0]);
+        self.run(&inputs)
     }
 
-    fn backward(
-        &self,
-        (x, constants): Self::Saved,
-        dy: FlexTensor,
-        wanted: [bool; 4],
-    ) -> [Option<FlexTensor>; 4] {
+    fn value(&self, inputs: [FlexTensor; 4]) -> FlexTensor {
+        self.run(&inputs).0
+    }
+
+    fn backward(&self, constants: Constants, dy: FlexTensor, wanted: [bool; 4]) -> [Option<FlexTensor>; 4] {
         let other = wanted[3].then(|| dy.clone());
         let op = pointwise::ScaleShiftGradient {};
-        let (dx, [products, gradients]) = overwrite(op, &x, dy, [&constants.scale, &constants.centre]);
+        let around: [&[f32]; 2] = [&constants.scale, &constants.centre];
+        let (dx, [products, gradients]) = overwrite(op, &self.kept.values(), dy, around);
         let scale = constants.rows(&products, constants.scale_rows);
         let shift = constants.rows(&gradients, constants.shift_rows);
         let dx = deliver(self.path.as_ref(), wanted[0], dx);

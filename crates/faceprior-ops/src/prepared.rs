@@ -11,12 +11,13 @@ use burn_flex::FlexTensor;
 use cubecl_environment::bytes::Bytes;
 
 use crate::backend::values;
+use crate::kernels::winograd::Tile;
 use crate::pool::Buffer;
 
 /// Which kernel a weight is prepared for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Form {
-    Winograd,
+    Winograd(Tile),
     Direct,
 }
 

@@ -276,7 +276,8 @@ impl Driver<'_> {
         };
         // Dropout and other draws inside the networks come from the device's generator.
         self.stage.device().seed(before.rng("device").next_u64());
-        let report = self.stage.step(batch, &before)?;
+        let activations = self.stage.activations();
+        let report = activations.scope(|| self.stage.step(batch, &before))?;
         self.progress.step += 1;
         self.progress.images += seen;
         self.progress.position = next;

@@ -2,7 +2,7 @@
 //!
 //! One file describes the whole path, so that the stages cannot disagree: `[data]` (unlabelled, labelled and test
 //! pictures), `[backbone]` (the body that encoder and recogniser share), `[prior]`, `[encoder]`, `[recognizer]`,
-//! `[scratch]` (what the from-scratch twin does differently), `[eval]`, and the seed. Every field is written out
+//! `[scratch]` (what the from-scratch twin does differently), `[eval]`, `[activations]` (their memory), and the seed. Every field is written out
 //! but the extras that are off by default; an unknown key is an error.
 //!
 //! ```
@@ -17,6 +17,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use faceprior_eval::Flip;
+use faceprior_ops::Activations;
 use serde::de::{self, Deserializer};
 use serde::{Deserialize, Serialize};
 
@@ -52,6 +53,39 @@ pub struct Recipe {
     pub scratch: ScratchRecipe,
     /// How recognisers are scored.
     pub eval: EvalRecipe,
+    /// How activations wait for the backward pass.
+    #[serde(default)]
+    pub activations: ActivationsRecipe,
+}
+
+/// `[activations]`: how activations wait for the backward pass, in all stages; for the CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ActivationsRecipe {
+    /// The format in which they are stored. Arithmetic, weights, statistics and losses are f32 in any case.
+    pub precision: Precision,
+    /// Computes the outputs of most convolutions again instead of storing them.
+    pub recompute: bool,
+}
+
+/// A format of stored activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// Four bytes a value.
+    #[default]
+    F32,
+    /// bfloat16: two bytes a value, eight bits of precision.
+    Bf16,
+}
+
+impl From<ActivationsRecipe> for Activations {
+    fn from(recipe: ActivationsRecipe) -> Self {
+        Self {
+            bf16: recipe.precision == Precision::Bf16,
+            recompute: recipe.recompute,
+        }
+    }
 }
 
 /// `[data]`: the pictures of each stage and how they are read.
@@ -414,8 +448,8 @@ impl StageName {
     /// The parts of a recipe that a run of this stage follows from: a resumed run needs them unchanged.
     fn keys(self) -> &'static [&'static str] {
         match self {
-            Self::Prior => &["seed", "data.prior", "prior"],
-            Self::Encoder => &["seed", "data.prior", "backbone", "encoder"],
+            Self::Prior => &["seed", "data.prior", "prior", "activations"],
+            Self::Encoder => &["seed", "data.prior", "backbone", "encoder", "activations"],
             Self::Recognizer => &[
                 "seed",
                 "data.labels",
@@ -423,6 +457,7 @@ impl StageName {
                 "backbone",
                 "recognizer",
                 "eval",
+                "activations",
             ],
             Self::Scratch => &[
                 "seed",
@@ -432,6 +467,7 @@ impl StageName {
                 "recognizer",
                 "scratch",
                 "eval",
+                "activations",
             ],
         }
     }

@@ -183,6 +183,45 @@ pub struct TrainRun {
     /// Change a field of the recipe, such as data.prior=crops/ (again and again)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub set: Vec<String>,
+    /// Memory of activations
+    #[command(flatten)]
+    pub activations: Activations,
+}
+
+impl TrainRun {
+    /// All changes of the recipe.
+    pub fn changes(&self) -> Vec<String> {
+        let mut changes = self.set.clone();
+        match self.activations.precision {
+            None => {}
+            Some(Precision::F32) => changes.push("activations.precision=f32".to_owned()),
+            Some(Precision::Bf16) => changes.push("activations.precision=bf16".to_owned()),
+        }
+        if self.activations.recompute {
+            changes.push("activations.recompute=true".to_owned());
+        }
+        changes
+    }
+}
+
+/// How activations wait for the backward pass, on the CPU.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Activations {
+    /// Store activations in this format, on the CPU; arithmetic, weights, statistics and losses stay f32
+    #[arg(long, value_enum)]
+    pub precision: Option<Precision>,
+    /// Compute most activations again in the backward pass instead of storing them, on the CPU
+    #[arg(long)]
+    pub recompute: bool,
+}
+
+/// Format of stored activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Precision {
+    /// Four bytes a value
+    F32,
+    /// Two bytes a value
+    Bf16,
 }
 
 /// `faceprior pipeline`
@@ -306,6 +345,9 @@ pub struct Bench {
     /// Folder of pictures, for loader and align
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
+    /// Memory of activations in training steps
+    #[command(flatten)]
+    pub activations: Activations,
 }
 
 /// What `bench` can time.

@@ -76,7 +76,7 @@ mod tests {
     use super::*;
     use crate::kernels::direct::{self, Geometry};
     use crate::kernels::testing::normal;
-    use crate::kernels::winograd::{self, Shape};
+    use crate::kernels::winograd::{self, Shape, Tile};
     use crate::kernels::{Isa, depthwise};
 
     /// The map that a kernel should see.
@@ -119,9 +119,10 @@ mod tests {
                 winograd::forward(
                     isa,
                     shape,
+                    Tile::Four,
                     x,
                     load,
-                    &winograd::prepare(isa, shape, &weight),
+                    &winograd::prepare(isa, shape, Tile::Four, &weight),
                     &mut y,
                 );
                 winograd::weight_gradient(isa, shape, x, load, &dy, &mut dw);

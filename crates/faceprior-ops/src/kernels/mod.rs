@@ -9,6 +9,7 @@
 pub(crate) mod dense;
 pub(crate) mod depthwise;
 pub(crate) mod direct;
+pub(crate) mod half;
 pub(crate) mod lanes;
 pub(crate) mod layout;
 pub(crate) mod load;

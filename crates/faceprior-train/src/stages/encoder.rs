@@ -23,6 +23,7 @@ use faceprior_nets::layers::{Mode, resize_bilinear};
 use faceprior_nets::perceptual::DiscriminatorFeatures;
 use faceprior_nets::stylegan2::{Discriminator, Generator, Noise, Prior};
 use faceprior_nets::weights::Weights;
+use faceprior_ops::Activations;
 use rand_chacha::ChaCha8Rng;
 
 use crate::TrainError;
@@ -38,6 +39,7 @@ pub const EXPORT: &str = "encoder.safetensors";
 /// The state of stage 2; see the [module](self).
 pub struct EncoderStage {
     seed: u64,
+    activations: Activations,
     device: Device,
     recipe: EncoderRecipe,
     data: DataRecipe,
@@ -103,6 +105,7 @@ impl EncoderStage {
         let (train, validation) = hold_out(&dataset, settings.validation_images, recipe.seed)?;
         Ok(Self {
             seed: recipe.seed,
+            activations: recipe.activations.into(),
             data: recipe.data.clone(),
             train,
             validation,
@@ -190,6 +193,10 @@ impl Stage for EncoderStage {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn activations(&self) -> Activations {
+        self.activations
     }
 
     fn budget(&self) -> &Budget {

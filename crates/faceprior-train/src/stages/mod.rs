@@ -34,6 +34,8 @@ use faceprior_data::{Batch, Dataset, Image, LoaderConfig, Transform};
 use faceprior_nets::irse::{BackboneConfig, Depth};
 use faceprior_nets::weights::Weights;
 
+use faceprior_ops::Activations;
+
 use crate::TrainError;
 use crate::recipe::{Budget, DataRecipe, Recipe, StageName};
 use crate::schedule::{self, Clock};
@@ -53,6 +55,11 @@ pub trait Stage {
 
     /// The device that the stage computes on.
     fn device(&self) -> &Device;
+
+    /// How activations wait for the backward pass: as they are, unless the recipe says otherwise.
+    fn activations(&self) -> Activations {
+        Activations::default()
+    }
 
     /// How long to train and what to do on the way.
     fn budget(&self) -> &Budget;

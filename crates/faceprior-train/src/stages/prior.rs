@@ -28,6 +28,7 @@ use faceprior_nets::stylegan2::{
     generator_loss, normal,
 };
 use faceprior_nets::weights::Weights;
+use faceprior_ops::Activations;
 use rand::{Rng, RngExt};
 use rand_chacha::ChaCha8Rng;
 
@@ -52,6 +53,7 @@ const EVALUATION_BATCH: usize = 32;
 /// The state of stage 1; see the [module](self).
 pub struct PriorStage {
     seed: u64,
+    activations: Activations,
     device: Device,
     recipe: PriorRecipe,
     data: DataRecipe,
@@ -105,6 +107,7 @@ impl PriorStage {
         let discriminator = discriminator.init(&mut init("prior, discriminator"));
         Ok(Self {
             seed: recipe.seed,
+            activations: recipe.activations.into(),
             data: recipe.data.clone(),
             dataset,
             average: generator.valid(),
@@ -264,6 +267,10 @@ impl Stage for PriorStage {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn activations(&self) -> Activations {
+        self.activations
     }
 
     fn budget(&self) -> &Budget {

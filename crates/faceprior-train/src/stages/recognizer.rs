@@ -30,6 +30,7 @@ use faceprior_nets::irse::{AVERAGE_IMAGE, BackboneConfig, Recognizer, Recognizer
 use faceprior_nets::layers::Mode;
 use faceprior_nets::losses;
 use faceprior_nets::weights::Weights;
+use faceprior_ops::Activations;
 
 use crate::TrainError;
 use crate::embed::{EmbedOptions, FaceRecognizer, PairSet};
@@ -51,6 +52,7 @@ const FOCAL_GAMMA: f32 = 2.0;
 pub struct RecognizerStage {
     name: StageName,
     seed: u64,
+    activations: Activations,
     device: Device,
     recipe: RecognizerRecipe,
     data: DataRecipe,
@@ -177,6 +179,7 @@ impl RecognizerStage {
         Ok(Self {
             name,
             seed: recipe.seed,
+            activations: recipe.activations.into(),
             data: recipe.data.clone(),
             embed_options: EmbedOptions::from(&recipe.eval),
             dataset: pictures.train,
@@ -236,6 +239,10 @@ impl Stage for RecognizerStage {
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn activations(&self) -> Activations {
+        self.activations
     }
 
     fn budget(&self) -> &Budget {

@@ -26,6 +26,7 @@ use faceprior::nets::stylegan2::{
     generator_loss, normal,
 };
 use faceprior::ops::bench::Convolution;
+use faceprior::ops::{Activations, is_cpu};
 use faceprior::train::optim::{Optimizer, all_but_batch_norm, update_average};
 use faceprior::train::recipe::Recipe;
 use faceprior::train::schedule::Clock;
@@ -36,7 +37,7 @@ use rand_chacha::rand_core::SeedableRng;
 use serde::Serialize;
 
 use super::Context;
-use crate::args::{self, Work};
+use crate::args::{self, Precision, Work};
 
 #[derive(Serialize)]
 struct Timing {
@@ -139,6 +140,16 @@ pub fn run(context: &Context, arguments: args::Bench) -> Result<()> {
             works.len()
         );
     }
+    let activations = Activations {
+        bf16: arguments.activations.precision == Some(Precision::Bf16),
+        recompute: arguments.activations.recompute,
+    };
+    if activations != Activations::default() && !is_cpu(&device) {
+        bail!(
+            "--precision and --recompute are for the CPU, the device is {}\nhint: give --device cpu",
+            faceprior::device::describe(&device)
+        );
+    }
     let mut timings = Vec::new();
     for work in works {
         let name = work
@@ -146,7 +157,8 @@ pub fn run(context: &Context, arguments: args::Bench) -> Result<()> {
             .map(|value| value.get_name().to_owned())
             .unwrap_or_default();
         let data = arguments.data.as_deref();
-        let (items, seconds) = time(work, arguments.runs as usize, data, &device)
+        let (items, seconds) = activations
+            .scope(|| time(work, arguments.runs as usize, data, &device))
             .with_context(|| format!("cannot time {name}"))?;
         let timing = Timing {
             work: name,
@@ -166,10 +178,6 @@ pub fn run(context: &Context, arguments: args::Bench) -> Result<()> {
         [timing] if context.json => super::print_json(timing),
         _ => Ok(()),
     }
-}
-
-fn is_cpu(device: &Device) -> bool {
-    faceprior::device::describe(device) == "cpu"
 }
 
 /// Items of an iteration, and seconds of each.

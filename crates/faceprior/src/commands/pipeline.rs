@@ -30,7 +30,7 @@ struct Summary<'a> {
 }
 
 pub fn run(context: &Context, arguments: args::Pipeline) -> Result<()> {
-    let recipe = Recipe::load(&arguments.run.recipe, &arguments.run.set)?;
+    let recipe = Recipe::load(&arguments.run.recipe, &arguments.run.changes())?;
     let scores = train_and_report(context, &recipe, &arguments.run.out, start(&arguments.run))?;
     if !context.json {
         show(&scores);

@@ -49,7 +49,7 @@ pub fn run(context: &Context, arguments: args::Train) -> Result<()> {
             run, encoder: None, ..
         } => (run, StageName::Scratch, Inputs::default()),
     };
-    let recipe = Recipe::load(&run.recipe, &run.set)?;
+    let recipe = Recipe::load(&run.recipe, &run.changes())?;
     let device = context.open_device()?;
     let stop = Stop::on_signals()?;
     let mut progress = TrainingProgress::new(context.quiet);

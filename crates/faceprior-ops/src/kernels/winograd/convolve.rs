@@ -5,36 +5,45 @@
     reason = "columns of matrices are filled one by one"
 )]
 
+use std::marker::PhantomData;
+
 use super::super::lanes::{Isa, Kernel, Lanes};
 use super::super::load::Load;
 use super::super::tile::{Row, Runs, Strides, multiply};
 use super::super::weights::{Columns, WeightShape, WeightTile};
 use super::super::{Shared, parallel};
-use super::matrices::kernel_to_points;
+use super::matrices::{Four, Matrices, Two};
 use super::tiles::{transform_input, transform_output};
-use super::{BLOCK, EDGE, POINTS, Shape};
+use super::{BLOCK, Shape, Tile};
 use crate::pool::Buffer;
 
 /// The weight of a convolution, `[O, I, 3, 3]`, at the points of the tiles: what [`forward`] multiplies by.
-pub(crate) fn prepare(isa: Isa, shape: Shape, weight: &[f32]) -> Buffer {
+pub(crate) fn prepare(isa: Isa, shape: Shape, tile: Tile, weight: &[f32]) -> Buffer {
     let taps = Taps {
         weight,
         shape: shape.weight(),
         columns: Columns::Outputs,
     };
-    transform_weight(isa, taps)
+    match tile {
+        Tile::Two => transform_weight::<Two, 2, 4>(isa, taps),
+        Tile::Four => transform_weight::<Four, 4, 6>(isa, taps),
+    }
 }
 
 /// The convolution of `x` `[N, ⌈I/16⌉, H, W, 16]` with a prepared weight into `y` `[N, ⌈O/16⌉, H, W, 16]`.
 pub(crate) fn forward(
     isa: Isa,
     shape: Shape,
+    tile: Tile,
     x: &[f32],
     load: Option<Load>,
     prepared: &[f32],
     y: &mut [f32],
 ) {
-    convolve(isa, shape, prepared, x, load, y);
+    match tile {
+        Tile::Two => convolve::<Two, 2, 4>(isa, shape, prepared, x, load, y),
+        Tile::Four => convolve::<Four, 4, 6>(isa, shape, prepared, x, load, y),
+    }
 }
 
 /// The gradient of the input, `dx`, from the gradient of the output, `dy`: a convolution with the flipped kernel.
@@ -49,7 +58,8 @@ pub(crate) fn data_gradient(isa: Isa, shape: Shape, dy: &[f32], weight: &[f32], 
         o: shape.i,
         ..shape
     };
-    convolve(isa, flipped, &transform_weight(isa, taps), dy, None, dx);
+    let weight = transform_weight::<Four, 4, 6>(isa, taps);
+    convolve::<Four, 4, 6>(isa, flipped, &weight, dy, None, dx);
 }
 
 /// A weight, and the side of it that is the convolution's output.
@@ -60,21 +70,28 @@ struct Taps<'a> {
     columns: Columns,
 }
 
-fn convolve(isa: Isa, shape: Shape, weight: &[f32], x: &[f32], load: Option<Load>, y: &mut [f32]) {
+fn convolve<M: Matrices<T, E>, const T: usize, const E: usize>(
+    isa: Isa,
+    shape: Shape,
+    weight: &[f32],
+    x: &[f32],
+    load: Option<Load>,
+    y: &mut [f32],
+) {
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
     assert_eq!(x.len(), shape.n * in_blocks * shape.plane());
     assert_eq!(y.len(), shape.n * out_blocks * shape.plane());
-    assert_eq!(weight.len(), prepared_length(isa, shape.i, shape.o));
+    assert_eq!(weight.len(), prepared_length(isa, E * E, shape.i, shape.o));
     let groups = out_blocks.div_ceil(isa.tile_blocks());
 
-    let threads = rayon::current_num_threads();
-    let chunks = shape
-        .tiles()
-        .div_ceil(CHUNK_TILES)
-        .next_multiple_of(threads)
-        .min(shape.tiles());
-    let chunk_tiles = shape.tiles().div_ceil(chunks);
-    let chunks = shape.tiles().div_ceil(chunk_tiles);
+    let (threads, tiles) = (rayon::current_num_threads(), shape.tiles_of(T));
+    let chunks = match tiles.div_ceil(CHUNK_TILES) {
+        // Each thread reads its part of the weight, which is more than a chunk's inputs.
+        1 if groups >= threads => 1,
+        chunks => chunks.next_multiple_of(threads).min(tiles),
+    };
+    let chunk_tiles = tiles.div_ceil(chunks);
+    let chunks = tiles.div_ceil(chunk_tiles);
     // Too few chunks for all threads: tasks share a chunk, each for some of the output channels.
     let splits = (threads / chunks).clamp(1, groups);
     let split_groups = groups.div_ceil(splits);
@@ -83,14 +100,15 @@ fn convolve(isa: Isa, shape: Shape, weight: &[f32], x: &[f32], load: Option<Load
     parallel(chunks * splits, |task| {
         let first_tile = task / splits * chunk_tiles;
         let first_group = task % splits * split_groups;
-        isa.run(Chunk {
+        isa.run(Chunk::<M, T, E> {
+            matrices: PhantomData,
             shape,
             x,
             load,
             weight,
             y,
             first_tile,
-            tiles: chunk_tiles.min(shape.tiles() - first_tile),
+            tiles: chunk_tiles.min(tiles - first_tile),
             first_group,
             last_group: (first_group + split_groups).min(groups),
         });
@@ -102,29 +120,30 @@ fn convolve(isa: Isa, shape: Shape, weight: &[f32], x: &[f32], load: Option<Load
 const CHUNK_TILES: usize = 64;
 
 /// Floats of a transformed weight.
-fn prepared_length(isa: Isa, inputs: usize, outputs: usize) -> usize {
+fn prepared_length(isa: Isa, points: usize, inputs: usize, outputs: usize) -> usize {
     let (in_blocks, out_blocks) = (inputs.div_ceil(BLOCK), outputs.div_ceil(BLOCK));
     let groups = out_blocks.div_ceil(isa.tile_blocks());
-    POINTS * (in_blocks * out_blocks * BLOCK * BLOCK + groups * BLOCK)
+    points * (in_blocks * out_blocks * BLOCK * BLOCK + groups * BLOCK)
 }
 
 /// Where the points of a group of output blocks start in a transformed weight, for `inputs` channels in whole blocks.
 #[inline(always)]
-fn group_start<L: Lanes>(group: usize, inputs: usize) -> usize {
-    group * POINTS * (L::TILE_BLOCKS * BLOCK * inputs + BLOCK)
+fn group_start<L: Lanes>(group: usize, points: usize, inputs: usize) -> usize {
+    group * points * (L::TILE_BLOCKS * BLOCK * inputs + BLOCK)
 }
 
-/// `G g Gᵀ` for all pairs of channels, as `[group of output blocks][36][I][blocks·16]`, a cache line more per point,
-/// lest the 36 streams of a transform meet in one cache set.
-fn transform_weight(isa: Isa, taps: Taps) -> Buffer {
+/// `G g Gᵀ` for all pairs of channels, as `[group of output blocks][points][I][blocks·16]`, a cache line more per
+/// point, lest the streams of a transform meet in one cache set.
+fn transform_weight<M: Matrices<T, E>, const T: usize, const E: usize>(isa: Isa, taps: Taps) -> Buffer {
     let (outputs, inputs) = taps.columns.sides(taps.shape);
     assert_eq!(taps.weight.len(), inputs * outputs * 9);
     let (in_blocks, out_blocks) = (inputs.div_ceil(BLOCK), outputs.div_ceil(BLOCK));
-    let mut transformed = Buffer::take(prepared_length(isa, inputs, outputs));
+    let mut transformed = Buffer::take(prepared_length(isa, E * E, inputs, outputs));
     let to = Shared::new(&mut transformed);
     let groups = out_blocks.div_ceil(isa.tile_blocks());
     parallel(groups * in_blocks, |task| {
-        isa.run(WeightBlock {
+        isa.run(WeightBlock::<M, T, E> {
+            matrices: PhantomData,
             taps,
             to,
             group: task / in_blocks,
@@ -135,14 +154,15 @@ fn transform_weight(isa: Isa, taps: Taps) -> Buffer {
 }
 
 /// The transformed taps of a group of output blocks and one input block.
-struct WeightBlock<'a> {
+struct WeightBlock<'a, M, const T: usize, const E: usize> {
+    matrices: PhantomData<M>,
     taps: Taps<'a>,
     to: Shared,
     group: usize,
     in_block: usize,
 }
 
-impl Kernel for WeightBlock<'_> {
+impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for WeightBlock<'_, M, T, E> {
     type Output = ();
 
     #[inline(always)]
@@ -156,13 +176,14 @@ impl Kernel for WeightBlock<'_> {
             to,
             group,
             in_block,
+            ..
         } = self;
         let (outputs, inputs) = columns.sides(shape);
         let (out_blocks, inputs) = (outputs.div_ceil(BLOCK), inputs.next_multiple_of(BLOCK));
         let first_block = group * L::TILE_BLOCKS;
         let blocks = L::TILE_BLOCKS.min(out_blocks - first_block);
         let width = blocks * BLOCK;
-        let start = group_start::<L>(group, inputs) + in_block * BLOCK * width;
+        let start = group_start::<L>(group, E * E, inputs) + in_block * BLOCK * width;
         let point = inputs * width + BLOCK;
         let mut tile = WeightTile::new(shape);
         for block in 0..blocks {
@@ -173,7 +194,7 @@ impl Kernel for WeightBlock<'_> {
                 // SAFETY: the caller promises the instructions. This task alone writes the columns of its group in
                 // the rows of its input block, which lie inside the buffer by its size.
                 unsafe {
-                    let mut half = [[L::zero(); 3]; EDGE];
+                    let mut half = [[L::zero(); 3]; E];
                     for column in 0..3 {
                         let mut g = [L::zero(); 3];
                         for (row, g) in g.iter_mut().enumerate() {
@@ -181,13 +202,13 @@ impl Kernel for WeightBlock<'_> {
                             let tap = if columns == Columns::Inputs { 8 - tap } else { tap };
                             *g = L::load(columns.row(&mut tile, lane, tap));
                         }
-                        for (row, value) in kernel_to_points(g).into_iter().enumerate() {
+                        for (row, value) in M::kernel_to_points(g).into_iter().enumerate() {
                             half[row][column] = value;
                         }
                     }
                     for (row, half) in half.into_iter().enumerate() {
-                        for (column, value) in kernel_to_points(half).into_iter().enumerate() {
-                            value.store(to.wrapping_add((row * EDGE + column) * point));
+                        for (column, value) in M::kernel_to_points(half).into_iter().enumerate() {
+                            value.store(to.wrapping_add((row * E + column) * point));
                         }
                     }
                 }
@@ -196,8 +217,9 @@ impl Kernel for WeightBlock<'_> {
     }
 }
 
-/// Some tiles and output channels of a convolution: transform, 36 matrix products, transform back.
-struct Chunk<'a> {
+/// Some tiles and output channels of a convolution: transform, a matrix product for each point, transform back.
+struct Chunk<'a, M, const T: usize, const E: usize> {
+    matrices: PhantomData<M>,
     shape: Shape,
     x: &'a [f32],
     load: Option<Load<'a>>,
@@ -209,7 +231,7 @@ struct Chunk<'a> {
     last_group: usize,
 }
 
-impl Kernel for Chunk<'_> {
+impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for Chunk<'_, M, T, E> {
     type Output = ();
 
     #[inline(always)]
@@ -224,31 +246,35 @@ impl Kernel for Chunk<'_> {
             tiles,
             first_group,
             last_group,
+            ..
         } = self;
+        let points = E * E;
         let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
         let inputs = in_blocks * BLOCK;
         let widest = L::TILE_BLOCKS.min(out_blocks) * BLOCK;
         // A cache line more per point, as in the weight.
         let v_point = tiles * inputs + BLOCK;
         let m_point = tiles * widest + BLOCK;
-        let mut v = Buffer::take(POINTS * v_point);
-        let mut m = Buffer::take(POINTS * m_point);
+        let mut v = Buffer::take(points * v_point);
+        let mut m = Buffer::take(points * m_point);
         let (v, m) = (v.as_mut_ptr(), m.as_mut_ptr());
         // SAFETY: the caller promises the instructions. Scratch is sized above; `x` and `y` are sized by the caller
         // as the shape says. This task alone writes the outputs of its tiles and groups.
         unsafe {
             for tile in 0..tiles {
-                let (n, top, left) = shape.tile(first_tile + tile);
+                let (n, top, left) = shape.tile_of(T, first_tile + tile);
                 for block in 0..in_blocks {
                     let place = (n * in_blocks + block, top, left);
                     let to = v.wrapping_add(tile * inputs + block * BLOCK);
-                    transform_input::<L>(x, load, shape, place, to, v_point);
+                    transform_input::<L, M, T, E>(x, load, shape, place, to, v_point);
                 }
             }
             for group in first_group..last_group {
                 let blocks = L::TILE_BLOCKS.min(out_blocks - group * L::TILE_BLOCKS);
                 let width = blocks * BLOCK;
-                let weight = weight.as_ptr().wrapping_add(group_start::<L>(group, inputs));
+                let weight = weight
+                    .as_ptr()
+                    .wrapping_add(group_start::<L>(group, points, inputs));
                 let strides = Strides {
                     a_inner: 1,
                     b_inner: width,
@@ -260,7 +286,7 @@ impl Kernel for Chunk<'_> {
                     offsets: &[(0, 0)],
                     length: inputs,
                 };
-                for point in 0..POINTS {
+                for point in 0..points {
                     let (a, b) = (
                         v.wrapping_add(point * v_point),
                         weight.wrapping_add(point * (inputs * width + BLOCK)),
@@ -277,11 +303,11 @@ impl Kernel for Chunk<'_> {
                     );
                 }
                 for tile in 0..tiles {
-                    let (n, top, left) = shape.tile(first_tile + tile);
+                    let (n, top, left) = shape.tile_of(T, first_tile + tile);
                     for block in 0..blocks {
                         let out_block = group * L::TILE_BLOCKS + block;
                         let plane = y.at((n * out_blocks + out_block) * shape.plane());
-                        transform_output::<L>(
+                        transform_output::<L, M, T, E>(
                             m.wrapping_add(tile * width + block * BLOCK),
                             m_point,
                             plane,

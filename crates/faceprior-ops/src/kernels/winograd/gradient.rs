@@ -10,9 +10,10 @@ use super::super::load::Load;
 use super::super::tile::{Row, Runs, Strides, multiply};
 use super::super::weights::WeightTile;
 use super::super::{Shared, parallel};
+use super::matrices::Four;
 use super::matrices::points_to_kernel;
 use super::tiles::{transform_input, transform_output_gradient};
-use super::{BLOCK, EDGE, POINTS, Shape};
+use super::{BLOCK, EDGE, POINTS, Shape, TILE};
 use crate::pool::Buffer;
 
 /// The gradient of the weight, `dw` `[O, I, 3, 3]`, from the input and the gradient of the output.
@@ -140,13 +141,13 @@ unsafe fn transform_gradient_tiles<L: Lanes>(
 ) {
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
     for place in places {
-        let (n, top, left) = shape.tile(first_tile + place);
+        let (n, top, left) = shape.tile_of(TILE, first_tile + place);
         // SAFETY: the caller's promise.
         unsafe {
             for block in 0..in_blocks {
                 let at = (n * in_blocks + block, top, left);
                 let to = view.inputs.at((block * view.capacity + place) * BLOCK);
-                transform_input::<L>(maps.x, maps.load, shape, at, to, view.input_point);
+                transform_input::<L, Four, TILE, EDGE>(maps.x, maps.load, shape, at, to, view.input_point);
             }
             for block in 0..out_blocks {
                 let plane = maps

@@ -1,4 +1,5 @@
-//! 3×3 convolution, stride 1, padding 1, by Winograd's minimal filtering F(4×4, 3×3) (Lavin & Gray 2016).
+//! 3×3 convolution, stride 1, padding 1, by Winograd's minimal filtering F(4×4, 3×3) (Lavin & Gray 2016), where few tiles
+//! would not pay for its weights' 36 points by F(2×2, 3×3).
 //!
 //! A 4×4 tile of outputs needs 36 products per pair of channels instead of 144:
 //! `y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A` for a 6×6 tile `d` of inputs and a kernel `g`. Summed over input channels, the 36
@@ -26,6 +27,15 @@ const EDGE: usize = 6;
 /// Products of a tile.
 const POINTS: usize = EDGE * EDGE;
 
+/// Outputs of a tile of the forward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Tile {
+    /// 2×2: 16 products of 36, and weights of 16 points.
+    Two,
+    /// 4×4: 36 products of 144, and weights of 36 points.
+    Four,
+}
+
 /// Shape of a convolution: `n` pictures of `h`×`w` pixels, `i` input and `o` output channels.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
@@ -37,17 +47,14 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
-    fn tiles_high(self) -> usize {
-        self.h.div_ceil(TILE)
-    }
-
-    fn tiles_wide(self) -> usize {
-        self.w.div_ceil(TILE)
-    }
-
     /// Tiles of the whole batch.
     pub(crate) fn tiles(self) -> usize {
-        self.n * self.tiles_high() * self.tiles_wide()
+        self.tiles_of(TILE)
+    }
+
+    /// Tiles of the whole batch with `side`×`side` outputs.
+    pub(crate) fn tiles_of(self, side: usize) -> usize {
+        self.n * self.h.div_ceil(side) * self.w.div_ceil(side)
     }
 
     fn plane(self) -> usize {
@@ -62,13 +69,13 @@ impl Shape {
         }
     }
 
-    /// Picture, top row and left column of a tile's outputs.
-    fn tile(self, index: usize) -> (usize, usize, usize) {
-        let (high, wide) = (self.tiles_high(), self.tiles_wide());
+    /// Picture, top row and left column of the outputs of a tile of `side`×`side`.
+    fn tile_of(self, side: usize, index: usize) -> (usize, usize, usize) {
+        let (high, wide) = (self.h.div_ceil(side), self.w.div_ceil(side));
         (
             index / (high * wide),
-            index / wide % high * TILE,
-            index % wide * TILE,
+            index / wide % high * side,
+            index % wide * side,
         )
     }
 }
@@ -99,17 +106,17 @@ mod tests {
         );
         let (blocked_x, blocked_dy) = (block(&x, n, i, h * w), block(&dy, n, o, h * w));
 
-        let mut y = vec![f32::NAN; n * o.next_multiple_of(BLOCK) * h * w];
-        forward(
-            isa,
-            shape,
-            &blocked_x,
-            None,
-            &prepare(isa, shape, &weight),
-            &mut y,
-        );
-        let error = relative_rms(&unblock(&y, n, o, h * w), &naive_forward(geometry, &x, &weight));
-        assert!(error < bound, "{isa:?} {shape:?}: forward is off by {error:.1e}");
+        let exact_y = naive_forward(geometry, &x, &weight);
+        for tile in [Tile::Two, Tile::Four] {
+            let mut y = vec![f32::NAN; n * o.next_multiple_of(BLOCK) * h * w];
+            let prepared = prepare(isa, shape, tile, &weight);
+            forward(isa, shape, tile, &blocked_x, None, &prepared, &mut y);
+            let error = relative_rms(&unblock(&y, n, o, h * w), &exact_y);
+            assert!(
+                error < bound,
+                "{isa:?} {shape:?} {tile:?}: forward is off by {error:.1e}"
+            );
+        }
 
         let (exact_dx, exact_dw) = naive_gradients(geometry, &x, &weight, &dy);
         let mut dx = vec![f32::NAN; n * i.next_multiple_of(BLOCK) * h * w];
@@ -199,11 +206,14 @@ mod tests {
                     .expect("a thread pool");
                 pool.install(|| {
                     let (mut y, mut dx, mut dw) = (dy.clone(), x.clone(), weight.clone());
-                    let prepared = prepare(Isa::best(), shape, &weight);
-                    forward(Isa::best(), shape, &x, None, &prepared, &mut y);
+                    let mut two = y.clone();
+                    for (tile, y) in [(Tile::Two, &mut two), (Tile::Four, &mut y)] {
+                        let prepared = prepare(Isa::best(), shape, tile, &weight);
+                        forward(Isa::best(), shape, tile, &x, None, &prepared, y);
+                    }
                     data_gradient(Isa::best(), shape, &dy, &weight, &mut dx);
                     weight_gradient(Isa::best(), shape, &x, None, &dy, &mut dw);
-                    (y, dx, dw)
+                    (two, y, dx, dw)
                 })
             });
             let one = results.next().expect("one thread");

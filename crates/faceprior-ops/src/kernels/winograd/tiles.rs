@@ -7,7 +7,7 @@
 
 use super::super::lanes::Lanes;
 use super::super::load::{AsIs, Load, Read};
-use super::matrices::{input_to_points, output_to_points, points_to_output};
+use super::matrices::{Matrices, output_to_points};
 use super::{BLOCK, EDGE, Shape, TILE};
 
 /// `Bᵀ d B` of the tile of plane `index` of `x` whose outputs start at (`top`, `left`), one value per point at
@@ -16,7 +16,7 @@ use super::{BLOCK, EDGE, Shape, TILE};
 /// # Safety
 /// Instructions of `L`; `x` is of the shape; `to` has room for the points.
 #[inline(always)]
-pub(super) unsafe fn transform_input<L: Lanes>(
+pub(super) unsafe fn transform_input<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
     x: &[f32],
     load: Option<Load>,
     shape: Shape,
@@ -29,9 +29,9 @@ pub(super) unsafe fn transform_input<L: Lanes>(
     unsafe {
         match load {
             Some(load) => {
-                transform_input_as::<L>(plane, load.plane::<L>(index), shape, top, left, to, point);
+                transform_input_as::<L, M, T, E>(plane, load.plane::<L>(index), shape, top, left, to, point);
             }
-            None => transform_input_as::<L>(plane, AsIs, shape, top, left, to, point),
+            None => transform_input_as::<L, M, T, E>(plane, AsIs, shape, top, left, to, point),
         }
     }
 }
@@ -39,7 +39,7 @@ pub(super) unsafe fn transform_input<L: Lanes>(
 /// # Safety
 /// As for [`transform_input`]; `plane` is a plane of the shape.
 #[inline(always)]
-unsafe fn transform_input_as<L: Lanes>(
+unsafe fn transform_input_as<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
     plane: *const f32,
     values: impl Read<L>,
     shape: Shape,
@@ -51,10 +51,10 @@ unsafe fn transform_input_as<L: Lanes>(
     let Shape { h, w, .. } = shape;
     // SAFETY: the caller's promise; addresses outside the picture are replaced.
     unsafe {
-        let mut half = [[L::zero(); EDGE]; EDGE];
-        let inside = top > 0 && left > 0 && top + TILE < h && left + TILE < w;
-        for column in 0..EDGE {
-            let mut d = [L::zero(); EDGE];
+        let mut half = [[L::zero(); E]; E];
+        let inside = top > 0 && left > 0 && top + T < h && left + T < w;
+        for column in 0..E {
+            let mut d = [L::zero(); E];
             if inside {
                 let first = plane.wrapping_add(((top - 1) * w + left - 1 + column) * BLOCK);
                 for (row, d) in d.iter_mut().enumerate() {
@@ -69,13 +69,13 @@ unsafe fn transform_input_as<L: Lanes>(
                     }
                 }
             }
-            for (row, value) in input_to_points(d).into_iter().enumerate() {
+            for (row, value) in M::input_to_points(d).into_iter().enumerate() {
                 half[row][column] = value;
             }
         }
         for (row, half) in half.into_iter().enumerate() {
-            for (column, value) in input_to_points(half).into_iter().enumerate() {
-                value.store(to.wrapping_add((row * EDGE + column) * point));
+            for (column, value) in M::input_to_points(half).into_iter().enumerate() {
+                value.store(to.wrapping_add((row * E + column) * point));
             }
         }
     }
@@ -86,7 +86,7 @@ unsafe fn transform_input_as<L: Lanes>(
 /// # Safety
 /// Instructions of `L`; `from` holds the points at distances of `point`; `plane` is a plane of the shape.
 #[inline(always)]
-pub(super) unsafe fn transform_output<L: Lanes>(
+pub(super) unsafe fn transform_output<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
     from: *const f32,
     point: usize,
     plane: *mut f32,
@@ -96,20 +96,20 @@ pub(super) unsafe fn transform_output<L: Lanes>(
 ) {
     // SAFETY: the caller's promise; only pixels inside the picture are written.
     unsafe {
-        let mut half = [[L::zero(); EDGE]; TILE];
-        for column in 0..EDGE {
-            let mut m = [L::zero(); EDGE];
+        let mut half = [[L::zero(); E]; T];
+        for column in 0..E {
+            let mut m = [L::zero(); E];
             for (row, m) in m.iter_mut().enumerate() {
-                *m = L::load(from.wrapping_add((row * EDGE + column) * point));
+                *m = L::load(from.wrapping_add((row * E + column) * point));
             }
-            for (row, value) in points_to_output(m).into_iter().enumerate() {
+            for (row, value) in M::points_to_output(m).into_iter().enumerate() {
                 half[row][column] = value;
             }
         }
-        let columns = TILE.min(shape.w - left);
+        let columns = T.min(shape.w - left);
         for (row, half) in half.into_iter().enumerate().take(shape.h - top) {
             let first = plane.wrapping_add(((top + row) * shape.w + left) * BLOCK);
-            for (column, value) in points_to_output(half).into_iter().enumerate().take(columns) {
+            for (column, value) in M::points_to_output(half).into_iter().enumerate().take(columns) {
                 value.store(first.wrapping_add(column * BLOCK));
             }
         }
