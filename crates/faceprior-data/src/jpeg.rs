@@ -92,9 +92,34 @@ struct Component {
     samples: Vec<u8>,
     /// Progressive only.
     coefficients: Vec<Block>,
+    waiting: Waiting,
     dc_predictor: i32,
     /// Whether a scan brought its DC coefficients.
     seen: bool,
+}
+
+/// Blocks are transformed in pairs: the first waits here for the second.
+struct Waiting {
+    blocks: [Block; 2],
+    /// Where the samples of the first go; none while nothing waits.
+    first: Option<usize>,
+}
+
+impl Default for Waiting {
+    fn default() -> Self {
+        Self {
+            blocks: [[0; 64]; 2],
+            first: None,
+        }
+    }
+}
+
+impl Waiting {
+    /// The block that is to be filled next; all zeros.
+    #[inline(always)]
+    fn free(&mut self) -> &mut Block {
+        &mut self.blocks[usize::from(self.first.is_some())]
+    }
 }
 
 /// A component in a scan.
@@ -458,15 +483,21 @@ impl<'a> Decoder<'a> {
                             _ => bits.refine_band(ac?, scan, block, &mut end_of_band)?,
                         }
                     } else {
-                        let mut block = [0; 64];
-                        component.dc_predictor = component.dc_predictor.wrapping_add(bits.difference(dc?)?);
-                        block[0] = component.dc_predictor as i16;
-                        let last = bits.coefficients(ac?, &mut block)?;
                         let quantiser = self.quantisers[component.quantiser].as_ref()?;
-                        component.put(x, y, &block, quantiser, last);
+                        component.dc_predictor = component.dc_predictor.wrapping_add(bits.difference(dc?)?);
+                        let block = component.waiting.free();
+                        block[0] = component.dc_predictor as i16;
+                        let last = bits.coefficients(ac?, block)?;
+                        component.put(x, y, quantiser, last);
                     }
                 }
                 component.seen |= scan.start == 0;
+            }
+        }
+        if !self.progressive {
+            for part in &scan.components {
+                let component = &mut self.components[part.index];
+                component.flush(self.quantisers[component.quantiser].as_ref()?);
             }
         }
         Some(())
@@ -484,10 +515,12 @@ impl<'a> Decoder<'a> {
             for component in &mut self.components {
                 let quantiser = self.quantisers[component.quantiser].as_ref()?;
                 let coefficients = std::mem::take(&mut component.coefficients);
-                for (i, block) in coefficients.iter().enumerate() {
+                for (i, &block) in coefficients.iter().enumerate() {
                     let (x, y) = (i % component.blocks_wide, i / component.blocks_wide);
-                    component.put(x, y, block, quantiser, 63);
+                    *component.waiting.free() = block;
+                    component.put(x, y, quantiser, 63);
                 }
+                component.flush(quantiser);
             }
         }
         let mut pixels = vec![0; self.width * self.height * 3];
@@ -561,20 +594,38 @@ impl Component {
         &self.samples[y * self.blocks_wide * 8..][..self.width]
     }
 
-    /// Transforms a block into its place; coefficients behind `last` (in the file's order) are 0.
+    /// Transforms the block that was filled into its place; coefficients behind `last` (in the file's order) are 0.
     #[inline(always)]
-    fn put(&mut self, x: usize, y: usize, block: &Block, quantiser: &[u16; 64], last: usize) {
+    fn put(&mut self, x: usize, y: usize, quantiser: &[u16; 64], last: usize) {
         let stride = self.blocks_wide * 8;
-        let to = &mut self.samples[y * 8 * stride + x * 8..];
+        let at = y * 8 * stride + x * 8;
         if last == 0 {
-            let value = i32::from(block[0]).wrapping_mul(i32::from(quantiser[0]));
-            let value = value.wrapping_mul(4).wrapping_add(16) >> 5;
-            let value = (value + 128).clamp(0, 255) as u8;
+            let dc = std::mem::take(&mut self.waiting.free()[0]).wrapping_mul(quantiser[0] as i16);
+            let value = ((4 * i32::from(dc) + 16) >> 5) + 128;
+            let value = value.clamp(0, 255) as u8;
             for row in 0..8 {
-                to[row * stride..][..8].fill(value);
+                self.samples[at + row * stride..][..8].fill(value);
             }
+        } else if let Some(first) = self.waiting.first.take() {
+            let blocks = &mut self.waiting.blocks;
+            transform(blocks, quantiser, &mut self.samples, [first, at], stride);
+            *blocks = [[0; 64]; 2];
         } else {
-            transform(block, quantiser, to, stride);
+            self.waiting.first = Some(at);
+        }
+    }
+
+    /// Transforms a block that is left waiting, paired with itself.
+    fn flush(&mut self, quantiser: &[u16; 64]) {
+        if let Some(at) = self.waiting.first.take() {
+            let block = std::mem::replace(&mut self.waiting.blocks[0], [0; 64]);
+            transform(
+                &[block; 2],
+                quantiser,
+                &mut self.samples,
+                [at; 2],
+                self.blocks_wide * 8,
+            );
         }
     }
 
@@ -968,26 +1019,34 @@ impl<'a> Bits<'a> {
     }
 }
 
-/// Inverse transform of a block into eight rows of samples.
-fn transform(block: &Block, quantiser: &[u16; 64], to: &mut [u8], stride: usize) {
+/// Inverse transform of two blocks into eight rows of samples each, from the places `at` on.
+fn transform(blocks: &[Block; 2], quantiser: &[u16; 64], samples: &mut [u8], at: [usize; 2], stride: usize) {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
         // SAFETY: the machine has the instructions.
-        return unsafe { avx2::transform(block, quantiser, to, stride) };
+        return unsafe { avx2::transform(blocks, quantiser, samples, at, stride) };
     }
-    transform_arrays(block, quantiser, to, stride);
+    transform_arrays(blocks, quantiser, samples, at, stride);
 }
 
-fn transform_arrays(block: &Block, quantiser: &[u16; 64], to: &mut [u8], stride: usize) {
-    let mut rows: [[i32; 8]; 8] = std::array::from_fn(|y| {
-        std::array::from_fn(|x| i32::from(block[y * 8 + x]).wrapping_mul(i32::from(quantiser[y * 8 + x])))
-    });
-    pass::<_, FIRST>(&mut rows);
-    rows = std::array::from_fn(|y| std::array::from_fn(|x| rows[x][y]));
-    pass::<_, SECOND>(&mut rows);
-    for (y, out) in to.chunks_mut(stride).take(8).enumerate() {
-        for (x, out) in out[..8].iter_mut().enumerate() {
-            *out = rows[x][y].wrapping_add(128).clamp(0, 255) as u8;
+fn transform_arrays(
+    blocks: &[Block; 2],
+    quantiser: &[u16; 64],
+    samples: &mut [u8],
+    at: [usize; 2],
+    stride: usize,
+) {
+    for (block, at) in blocks.iter().zip(at) {
+        let mut rows: [[i16; 8]; 8] = std::array::from_fn(|y| {
+            std::array::from_fn(|x| block[y * 8 + x].wrapping_mul(quantiser[y * 8 + x] as i16))
+        });
+        pass::<_, FIRST>(&mut rows);
+        rows = std::array::from_fn(|y| std::array::from_fn(|x| rows[x][y]));
+        pass::<_, SECOND>(&mut rows);
+        for (y, out) in samples[at..].chunks_mut(stride).take(8).enumerate() {
+            for (x, out) in out[..8].iter_mut().enumerate() {
+                *out = (i32::from(rows[x][y]) + 128).clamp(0, 255) as u8;
+            }
         }
     }
 }
@@ -997,67 +1056,86 @@ const FIRST: i32 = 13 - 2;
 /// What the pass over rows drops: its factors' bits, the two, and three for the scale of both passes.
 const SECOND: i32 = 13 + 2 + 3;
 
-/// Eight numbers side by side.
+/// Numbers of 16 bits side by side, as processors multiply them fastest: in pairs, with sums of 32 bits.
 trait Lanes: Copy {
+    type Sums: Copy;
+    /// In 16 bits: only damage overflows.
     fn plus(self, other: Self) -> Self;
-    fn minus(self, other: Self) -> Self;
-    fn times(self, factor: i32) -> Self;
-    /// Without the lowest `SHIFT` bits, rounded.
-    fn round<const SHIFT: i32>(self) -> Self;
+    /// Each number times the first factor, the other's times the second.
+    fn mix(self, other: Self, factors: [i16; 2]) -> Self::Sums;
+    fn all(value: i32) -> Self::Sums;
+    fn sum(a: Self::Sums, b: Self::Sums) -> Self::Sums;
+    fn difference(a: Self::Sums, b: Self::Sums) -> Self::Sums;
+    /// Without the lowest `SHIFT` bits; what does not fit into 16 bits becomes the largest or smallest that does.
+    fn shift<const SHIFT: i32>(sums: Self::Sums) -> Self;
 }
 
-impl Lanes for [i32; 8] {
+impl Lanes for [i16; 8] {
+    type Sums = [i32; 8];
+
     #[inline(always)]
     fn plus(self, other: Self) -> Self {
         std::array::from_fn(|i| self[i].wrapping_add(other[i]))
     }
 
     #[inline(always)]
-    fn minus(self, other: Self) -> Self {
-        std::array::from_fn(|i| self[i].wrapping_sub(other[i]))
+    fn mix(self, other: Self, factors: [i16; 2]) -> [i32; 8] {
+        let [a, b] = factors.map(i32::from);
+        std::array::from_fn(|i| a * i32::from(self[i]) + b * i32::from(other[i]))
     }
 
     #[inline(always)]
-    fn times(self, factor: i32) -> Self {
-        self.map(|x| x.wrapping_mul(factor))
+    fn all(value: i32) -> [i32; 8] {
+        [value; 8]
     }
 
     #[inline(always)]
-    fn round<const SHIFT: i32>(self) -> Self {
-        self.map(|x| x.wrapping_add(1 << (SHIFT - 1)) >> SHIFT)
+    fn sum(a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+
+    #[inline(always)]
+    fn difference(a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        std::array::from_fn(|i| a[i].wrapping_sub(b[i]))
+    }
+
+    #[inline(always)]
+    fn shift<const SHIFT: i32>(sums: [i32; 8]) -> Self {
+        sums.map(|sum| (sum >> SHIFT).clamp(i16::MIN.into(), i16::MAX.into()) as i16)
     }
 }
 
-/// The one-dimensional transform of Loeffler, Ligtenberg and Moschytz (1989), as `jidctint.c` rounds it.
+/// The one-dimensional transform of Loeffler, Ligtenberg and Moschytz (1989), as `jidctint.c` rounds it, and ordered as
+/// libjpeg-turbo's vector code orders it.
 #[inline(always)]
 fn pass<L: Lanes, const SHIFT: i32>(rows: &mut [L; 8]) {
     let [x0, x1, x2, x3, x4, x5, x6, x7] = *rows;
 
-    let shared = x2.plus(x6).times(4433);
-    let (even2, even3) = (shared.plus(x6.times(-15137)), shared.plus(x2.times(6270)));
-    let (even0, even1) = (x0.plus(x4).times(1 << 13), x0.minus(x4).times(1 << 13));
-    let (a0, a3) = (even0.plus(even3), even0.minus(even3));
-    let (a1, a2) = (even1.plus(even2), even1.minus(even2));
+    let half = L::all(1 << (SHIFT - 1));
+    let even0 = L::sum(x0.mix(x4, [1 << 13, 1 << 13]), half);
+    let even1 = L::sum(x0.mix(x4, [1 << 13, -1 << 13]), half);
+    let even2 = x2.mix(x6, [4433, 4433 - 15137]);
+    let even3 = x2.mix(x6, [4433 + 6270, 4433]);
+    let (a0, a3) = (L::sum(even0, even3), L::difference(even0, even3));
+    let (a1, a2) = (L::sum(even1, even2), L::difference(even1, even2));
 
-    let shared = x7.plus(x3).plus(x5.plus(x1)).times(9633);
-    let z1 = x7.plus(x1).times(-7373);
-    let z2 = x5.plus(x3).times(-20995);
-    let z3 = x7.plus(x3).times(-16069).plus(shared);
-    let z4 = x5.plus(x1).times(-3196).plus(shared);
-    let b0 = x7.times(2446).plus(z1).plus(z3);
-    let b1 = x5.times(16819).plus(z2).plus(z4);
-    let b2 = x3.times(25172).plus(z2).plus(z3);
-    let b3 = x1.times(12299).plus(z1).plus(z4);
+    let (z3, z4) = (x7.plus(x3), x5.plus(x1));
+    let odd3 = z3.mix(z4, [9633 - 16069, 9633]);
+    let odd4 = z3.mix(z4, [9633, 9633 - 3196]);
+    let b0 = L::sum(x7.mix(x1, [2446 - 7373, -7373]), odd3);
+    let b1 = L::sum(x5.mix(x3, [16819 - 20995, -20995]), odd4);
+    let b2 = L::sum(x5.mix(x3, [-20995, 25172 - 20995]), odd3);
+    let b3 = L::sum(x7.mix(x1, [-7373, 12299 - 7373]), odd4);
 
     *rows = [
-        a0.plus(b3).round::<SHIFT>(),
-        a1.plus(b2).round::<SHIFT>(),
-        a2.plus(b1).round::<SHIFT>(),
-        a3.plus(b0).round::<SHIFT>(),
-        a3.minus(b0).round::<SHIFT>(),
-        a2.minus(b1).round::<SHIFT>(),
-        a1.minus(b2).round::<SHIFT>(),
-        a0.minus(b3).round::<SHIFT>(),
+        L::shift::<SHIFT>(L::sum(a0, b3)),
+        L::shift::<SHIFT>(L::sum(a1, b2)),
+        L::shift::<SHIFT>(L::sum(a2, b1)),
+        L::shift::<SHIFT>(L::sum(a3, b0)),
+        L::shift::<SHIFT>(L::difference(a3, b0)),
+        L::shift::<SHIFT>(L::difference(a2, b1)),
+        L::shift::<SHIFT>(L::difference(a1, b2)),
+        L::shift::<SHIFT>(L::difference(a0, b3)),
     ];
 }
 
@@ -1067,64 +1145,111 @@ mod avx2 {
 
     use super::{Block, FIRST, Lanes, SECOND, pass};
 
-    /// Eight 32-bit numbers of a register. Made and used only inside [`transform`].
+    /// A row of two blocks. Made and used only inside [`transform`].
     #[derive(Clone, Copy)]
-    struct Register(__m256i);
+    struct Row(__m256i);
 
-    impl Lanes for Register {
+    impl Lanes for Row {
+        /// The lower and the upper four numbers of each block.
+        type Sums = [__m256i; 2];
+
         #[inline(always)]
         fn plus(self, other: Self) -> Self {
-            // SAFETY: whoever has a register has AVX2; so below.
-            Self(unsafe { _mm256_add_epi32(self.0, other.0) })
+            // SAFETY: whoever has a row has AVX2; so below.
+            Self(unsafe { _mm256_add_epi16(self.0, other.0) })
         }
 
         #[inline(always)]
-        fn minus(self, other: Self) -> Self {
-            // SAFETY: as above.
-            Self(unsafe { _mm256_sub_epi32(self.0, other.0) })
-        }
-
-        #[inline(always)]
-        fn times(self, factor: i32) -> Self {
-            // SAFETY: as above.
-            Self(unsafe { _mm256_mullo_epi32(self.0, _mm256_set1_epi32(factor)) })
-        }
-
-        #[inline(always)]
-        fn round<const SHIFT: i32>(self) -> Self {
+        fn mix(self, other: Self, [a, b]: [i16; 2]) -> Self::Sums {
             // SAFETY: as above.
             unsafe {
-                let half = _mm256_set1_epi32(1 << (SHIFT - 1));
-                Self(_mm256_sra_epi32(
-                    _mm256_add_epi32(self.0, half),
-                    _mm_cvtsi32_si128(SHIFT),
+                let factors = _mm256_set1_epi32(i32::from(a) & 0xFFFF | i32::from(b) << 16);
+                let (low, high) = (
+                    _mm256_unpacklo_epi16(self.0, other.0),
+                    _mm256_unpackhi_epi16(self.0, other.0),
+                );
+                [_mm256_madd_epi16(low, factors), _mm256_madd_epi16(high, factors)]
+            }
+        }
+
+        #[inline(always)]
+        fn all(value: i32) -> Self::Sums {
+            // SAFETY: as above.
+            [unsafe { _mm256_set1_epi32(value) }; 2]
+        }
+
+        #[inline(always)]
+        fn sum(a: Self::Sums, b: Self::Sums) -> Self::Sums {
+            // SAFETY: as above.
+            unsafe { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
+        }
+
+        #[inline(always)]
+        fn difference(a: Self::Sums, b: Self::Sums) -> Self::Sums {
+            // SAFETY: as above.
+            unsafe { [_mm256_sub_epi32(a[0], b[0]), _mm256_sub_epi32(a[1], b[1])] }
+        }
+
+        #[inline(always)]
+        fn shift<const SHIFT: i32>([low, high]: Self::Sums) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                Self(_mm256_packs_epi32(
+                    _mm256_srai_epi32::<SHIFT>(low),
+                    _mm256_srai_epi32::<SHIFT>(high),
                 ))
             }
         }
     }
 
     #[target_feature(enable = "avx2")]
-    pub(super) fn transform(block: &Block, quantiser: &[u16; 64], to: &mut [u8], stride: usize) {
-        let (coefficients, _) = block.as_chunks::<8>();
+    pub(super) fn transform(
+        blocks: &[Block; 2],
+        quantiser: &[u16; 64],
+        samples: &mut [u8],
+        at: [usize; 2],
+        stride: usize,
+    ) {
+        let [first, second] = blocks.each_ref().map(|block| block.as_chunks::<8>().0);
         let (factors, _) = quantiser.as_chunks::<8>();
-        let mut rows: [Register; 8] = std::array::from_fn(|y| {
+        let mut rows: [Row; 8] = std::array::from_fn(|y| {
             // SAFETY: eight numbers of 16 bits can be read at each pointer.
             unsafe {
-                let row = _mm256_cvtepi16_epi32(_mm_loadu_si128(coefficients[y].as_ptr().cast()));
-                let factors = _mm256_cvtepu16_epi32(_mm_loadu_si128(factors[y].as_ptr().cast()));
-                Register(_mm256_mullo_epi32(row, factors))
+                let row = _mm256_loadu2_m128i(second[y].as_ptr().cast(), first[y].as_ptr().cast());
+                let factors = _mm_loadu_si128(factors[y].as_ptr().cast());
+                Row(_mm256_mullo_epi16(row, _mm256_broadcastsi128_si256(factors)))
             }
         });
         pass::<_, FIRST>(&mut rows);
         transpose(&mut rows);
         pass::<_, SECOND>(&mut rows);
-        transpose(&mut rows);
-        for (row, out) in rows.iter().zip(to.chunks_mut(stride)) {
-            let words = _mm256_add_epi32(row.0, _mm256_set1_epi32(128));
-            let words = _mm256_packs_epi32(words, words);
-            let bytes = _mm256_packus_epi16(words, words);
-            out[..4].copy_from_slice(&_mm256_extract_epi32::<0>(bytes).to_le_bytes());
-            out[4..8].copy_from_slice(&_mm256_extract_epi32::<4>(bytes).to_le_bytes());
+        // In registers of columns: bytes, which are then sorted to rows.
+        let bytes = |left: usize| {
+            let bytes = _mm256_packs_epi16(rows[left].0, rows[left + 4].0);
+            _mm256_xor_si256(bytes, _mm256_set1_epi8(i8::MIN))
+        };
+        let pairs = |a, b| (_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b));
+        let (even_left, even_right) = pairs(bytes(0), bytes(2));
+        let (odd_left, odd_right) = pairs(bytes(1), bytes(3));
+        let (left_top, left_bottom) = pairs(even_left, odd_left);
+        let (right_top, right_bottom) = pairs(even_right, odd_right);
+        let halves = |left, right| {
+            [
+                _mm256_unpacklo_epi32(left, right),
+                _mm256_unpackhi_epi32(left, right),
+            ]
+        };
+        let [rows01, rows23] = halves(left_top, right_top);
+        let [rows45, rows67] = halves(left_bottom, right_bottom);
+        for (two, rows) in [rows01, rows23, rows45, rows67].into_iter().enumerate() {
+            let blocks = [_mm256_castsi256_si128(rows), _mm256_extracti128_si256::<1>(rows)];
+            for (block, at) in blocks.into_iter().zip(at) {
+                let rows = [_mm_cvtsi128_si64(block), _mm_extract_epi64::<1>(block)];
+                for (row, bytes) in rows.into_iter().enumerate() {
+                    let to = &mut samples[at + (2 * two + row) * stride..][..8];
+                    to.copy_from_slice(&bytes.to_le_bytes());
+                }
+            }
         }
     }
 
@@ -1189,28 +1314,28 @@ mod avx2 {
     }
 
     #[target_feature(enable = "avx2")]
-    fn transpose(rows: &mut [Register; 8]) {
+    fn transpose(rows: &mut [Row; 8]) {
         let r = rows.map(|row| row.0);
-        let pairs = |a, b| (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+        let pairs = |a, b| (_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b));
         let (a0, a1) = pairs(r[0], r[1]);
         let (a2, a3) = pairs(r[2], r[3]);
         let (a4, a5) = pairs(r[4], r[5]);
         let (a6, a7) = pairs(r[6], r[7]);
-        let quads = |a, b| (_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+        let quads = |a, b| (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
         let (b0, b1) = quads(a0, a2);
         let (b2, b3) = quads(a1, a3);
         let (b4, b5) = quads(a4, a6);
         let (b6, b7) = quads(a5, a7);
-        let upper = |a, b| Register(_mm256_permute2x128_si256::<0x20>(a, b));
-        let lower = |a, b| Register(_mm256_permute2x128_si256::<0x31>(a, b));
+        let upper = |a, b| Row(_mm256_unpacklo_epi64(a, b));
+        let lower = |a, b| Row(_mm256_unpackhi_epi64(a, b));
         *rows = [
             upper(b0, b4),
-            upper(b1, b5),
-            upper(b2, b6),
-            upper(b3, b7),
             lower(b0, b4),
+            upper(b1, b5),
             lower(b1, b5),
+            upper(b2, b6),
             lower(b2, b6),
+            upper(b3, b7),
             lower(b3, b7),
         ];
     }
@@ -1243,14 +1368,33 @@ mod tests {
     #[test]
     fn transforms_agree() {
         let quantiser: [u16; 64] = std::array::from_fn(|i| 1 + (i * 7 % 40) as u16);
-        for seed in 0..200i32 {
-            let block: Block = std::array::from_fn(|i| {
-                (((i as i32 * 7919 + seed * 104_729) % 201 - 100) / (1 + i as i32 / 8)) as i16
-            });
-            let (mut fast, mut plain) = ([0; 8 * 11], [0; 8 * 11]);
-            transform(&block, &quantiser, &mut fast, 11);
-            transform_arrays(&block, &quantiser, &mut plain, 11);
+        let both = |blocks: &[Block; 2], quantiser| {
+            let (mut fast, mut plain) = ([0; 8 * 19], [0; 8 * 19]);
+            transform(blocks, quantiser, &mut fast, [1, 9], 19);
+            transform_arrays(blocks, quantiser, &mut plain, [1, 9], 19);
             assert_eq!(fast, plain);
+            fast
+        };
+        for seed in 0..200i32 {
+            // From the faint to what only damage brings.
+            let blocks = [seed, seed + 1000].map(|seed| {
+                let number = |i: i32| (i * 7919 + seed * 104_729) % 65536 - 32768;
+                std::array::from_fn(|i| (number(i as i32) >> (seed % 12)) as i16)
+            });
+            both(&blocks, &quantiser);
+        }
+        for dc in (-0x8000..0x8000).step_by(97) {
+            let mut component = Component {
+                blocks_wide: 1,
+                samples: vec![0; 64],
+                ..Component::default()
+            };
+            let mut block = [0; 64];
+            block[0] = dc as i16;
+            *component.waiting.free() = block;
+            component.put(0, 0, &quantiser, 0);
+            assert_eq!(component.samples[0], both(&[block; 2], &quantiser)[1]);
+            assert_eq!(*component.waiting.free(), [0; 64]);
         }
     }
 
