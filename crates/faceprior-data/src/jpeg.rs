@@ -9,6 +9,9 @@
 //! which is to say nearly every photograph. Anything else, and any file that is broken, is left to the general decoder
 //! in [`crate::image`], whose errors name what is wrong.
 
+use std::cell::{OnceCell, RefCell};
+use std::rc::Rc;
+
 use ::image::metadata::Orientation;
 
 use crate::{DecodeLimits, Image};
@@ -43,12 +46,21 @@ pub(crate) fn decode(bytes: &[u8], limits: DecodeLimits) -> Result<(Image, Orien
 /// about ten.
 const MAX_SCANS: usize = 100;
 
-/// Place of the k-th coefficient of the file in the 8×8 block; the tail catches runs that lead out of it.
-const ZIGZAG: [u8; 80] = [
-    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7,
-    14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39,
-    46, 53, 60, 61, 54, 47, 55, 62, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63,
-];
+/// Place of the k-th coefficient of the file in the 8×8 block; the tail catches what leads out of it.
+const ZIGZAG: [u8; 64 + 256] = {
+    let places = [
+        0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13,
+        6, 7, 14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38,
+        31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63,
+    ];
+    let mut all = [63; 64 + 256];
+    let mut k = 0;
+    while k < 64 {
+        all[k] = places[k];
+        k += 1;
+    }
+    all
+};
 
 type Block = [i16; 64];
 
@@ -64,8 +76,8 @@ struct Decoder<'a> {
     h_max: usize,
     v_max: usize,
     quantisers: [Option<[u16; 64]>; 4],
-    dc_tables: [Option<Box<Huffman>>; 4],
-    ac_tables: [Option<Box<Huffman>>; 4],
+    dc_tables: [Option<Rc<Huffman>>; 4],
+    ac_tables: [Option<Rc<Huffman>>; 4],
     restart_interval: usize,
     jfif: bool,
     adobe_transform: Option<u8>,
@@ -321,12 +333,13 @@ impl<'a> Decoder<'a> {
             let (counts, rest) = rest.split_at_checked(16)?;
             let total: usize = counts.iter().map(|&count| usize::from(count)).sum();
             let (symbols, rest) = rest.split_at_checked(total)?;
-            let tables = if kind >> 4 == 0 {
-                &mut self.dc_tables
+            let (class, tables) = if kind >> 4 == 0 {
+                (0, &mut self.dc_tables)
             } else {
-                &mut self.ac_tables
+                (1, &mut self.ac_tables)
             };
-            *tables.get_mut(usize::from(kind & 15))? = Some(Box::new(Huffman::new(counts, symbols)?));
+            let number = usize::from(kind & 15);
+            *tables.get_mut(number)? = Some(Huffman::of(class, number, counts, symbols)?);
             body = rest;
         }
         Some(())
@@ -398,8 +411,8 @@ impl<'a> Decoder<'a> {
     fn entropy_coded(
         &mut self,
         scan: &Scan,
-        dc_tables: &[Option<Box<Huffman>>; 4],
-        ac_tables: &[Option<Box<Huffman>>; 4],
+        dc_tables: &[Option<Rc<Huffman>>; 4],
+        ac_tables: &[Option<Rc<Huffman>>; 4],
         bits: &mut Bits,
     ) -> Option<()> {
         #[cfg(target_arch = "x86_64")]
@@ -408,8 +421,8 @@ impl<'a> Decoder<'a> {
             fn wide(
                 decoder: &mut Decoder,
                 scan: &Scan,
-                dc_tables: &[Option<Box<Huffman>>; 4],
-                ac_tables: &[Option<Box<Huffman>>; 4],
+                dc_tables: &[Option<Rc<Huffman>>; 4],
+                ac_tables: &[Option<Rc<Huffman>>; 4],
                 bits: &mut Bits,
             ) -> Option<()> {
                 decoder.units(scan, dc_tables, ac_tables, bits)
@@ -429,8 +442,8 @@ impl<'a> Decoder<'a> {
     fn units(
         &mut self,
         scan: &Scan,
-        dc_tables: &[Option<Box<Huffman>>; 4],
-        ac_tables: &[Option<Box<Huffman>>; 4],
+        dc_tables: &[Option<Rc<Huffman>>; 4],
+        ac_tables: &[Option<Rc<Huffman>>; 4],
         bits: &mut Bits,
     ) -> Option<()> {
         let mut end_of_band = 0;
@@ -449,49 +462,52 @@ impl<'a> Decoder<'a> {
         self.components
             .iter_mut()
             .for_each(|component| component.dc_predictor = 0);
-        for unit in 0..units_wide * units_high {
-            if self.restart_interval > 0 && until_restart == 0 {
-                bits.restart()?;
-                end_of_band = 0;
-                until_restart = self.restart_interval;
-                self.components
-                    .iter_mut()
-                    .for_each(|component| component.dc_predictor = 0);
-            }
-            until_restart = until_restart.wrapping_sub(1);
-            let (unit_x, unit_y) = (unit % units_wide, unit / units_wide);
-            if unit_x == 0 && bits.overran() {
+        for unit_y in 0..units_high {
+            if bits.overran() {
                 return None;
             }
-            for part in &scan.components {
-                let component = &mut self.components[part.index];
-                let (h, v) = if alone { (1, 1) } else { (component.h, component.v) };
-                for inner in 0..h * v {
-                    let (x, y) = (unit_x * h + inner % h, unit_y * v + inner / h);
+            for unit_x in 0..units_wide {
+                if self.restart_interval > 0 && until_restart == 0 {
+                    bits.restart()?;
+                    end_of_band = 0;
+                    until_restart = self.restart_interval;
+                    self.components
+                        .iter_mut()
+                        .for_each(|component| component.dc_predictor = 0);
+                }
+                until_restart = until_restart.wrapping_sub(1);
+                for part in &scan.components {
+                    let component = &mut self.components[part.index];
+                    let (h, v) = if alone { (1, 1) } else { (component.h, component.v) };
                     let dc = dc_tables[part.dc_table].as_deref();
                     let ac = ac_tables[part.ac_table].as_deref();
-                    if self.progressive {
-                        let block = &mut component.coefficients[y * component.blocks_wide + x];
-                        match (scan.start, scan.high) {
-                            (0, 0) => {
-                                component.dc_predictor =
-                                    component.dc_predictor.wrapping_add(bits.difference(dc?)?);
-                                block[0] = (component.dc_predictor << scan.low) as i16;
+                    let places = (unit_y * v..(unit_y + 1) * v)
+                        .flat_map(|y| (unit_x * h..(unit_x + 1) * h).map(move |x| (x, y)));
+                    for (x, y) in places {
+                        if self.progressive {
+                            let block = &mut component.coefficients[y * component.blocks_wide + x];
+                            match (scan.start, scan.high) {
+                                (0, 0) => {
+                                    component.dc_predictor =
+                                        component.dc_predictor.wrapping_add(bits.difference(dc?)?);
+                                    block[0] = (component.dc_predictor << scan.low) as i16;
+                                }
+                                (0, _) => block[0] |= (bits.take(1) << scan.low) as i16,
+                                (_, 0) => bits.first_band(ac?, scan, block, &mut end_of_band)?,
+                                _ => bits.refine_band(ac?, scan, block, &mut end_of_band)?,
                             }
-                            (0, _) => block[0] |= (bits.take(1) << scan.low) as i16,
-                            (_, 0) => bits.first_band(ac?, scan, block, &mut end_of_band)?,
-                            _ => bits.refine_band(ac?, scan, block, &mut end_of_band)?,
+                        } else {
+                            let quantiser = self.quantisers[component.quantiser].as_ref()?;
+                            component.dc_predictor =
+                                component.dc_predictor.wrapping_add(bits.difference(dc?)?);
+                            let block = component.waiting.free();
+                            block[0] = component.dc_predictor as i16;
+                            let any = bits.coefficients(ac?, block)?;
+                            component.put(x, y, quantiser, any);
                         }
-                    } else {
-                        let quantiser = self.quantisers[component.quantiser].as_ref()?;
-                        component.dc_predictor = component.dc_predictor.wrapping_add(bits.difference(dc?)?);
-                        let block = component.waiting.free();
-                        block[0] = component.dc_predictor as i16;
-                        let last = bits.coefficients(ac?, block)?;
-                        component.put(x, y, quantiser, last);
                     }
+                    component.seen |= scan.start == 0;
                 }
-                component.seen |= scan.start == 0;
             }
         }
         if !self.progressive {
@@ -518,7 +534,7 @@ impl<'a> Decoder<'a> {
                 for (i, &block) in coefficients.iter().enumerate() {
                     let (x, y) = (i % component.blocks_wide, i / component.blocks_wide);
                     *component.waiting.free() = block;
-                    component.put(x, y, quantiser, 63);
+                    component.put(x, y, quantiser, true);
                 }
                 component.flush(quantiser);
             }
@@ -594,12 +610,12 @@ impl Component {
         &self.samples[y * self.blocks_wide * 8..][..self.width]
     }
 
-    /// Transforms the block that was filled into its place; coefficients behind `last` (in the file's order) are 0.
+    /// Transforms the block that was filled into its place; `any` is false if it has no AC coefficients.
     #[inline(always)]
-    fn put(&mut self, x: usize, y: usize, quantiser: &[u16; 64], last: usize) {
+    fn put(&mut self, x: usize, y: usize, quantiser: &[u16; 64], any: bool) {
         let stride = self.blocks_wide * 8;
         let at = y * 8 * stride + x * 8;
-        if last == 0 {
+        if !any {
             let dc = std::mem::take(&mut self.waiting.free()[0]).wrapping_mul(quantiser[0] as i16);
             let value = ((4 * i32::from(dc) + 16) >> 5) + 128;
             let value = value.clamp(0, 255) as u8;
@@ -631,12 +647,12 @@ impl Component {
 
     /// Row `y` of the picture from this component's rows, `h` times wider and `v` times higher, by triangle filters.
     #[inline(always)]
-    fn upsample(&self, y: usize, h: usize, v: usize, sums: &mut [i32], out: &mut [u8]) {
+    fn upsample(&self, y: usize, h: usize, v: usize, sums: &mut [u16], out: &mut [u8]) {
         let near = self.row(y / v);
         if v == 1 {
             match h {
                 1 => out[..near.len()].copy_from_slice(near),
-                _ if near.len() > 2 => widen(near, i32::from, 2, [1, 2], out),
+                _ if near.len() > 2 => widen(near, u16::from, 2, [1, 2], out),
                 _ => repeat(near, out),
             }
             return;
@@ -651,7 +667,7 @@ impl Component {
             (y / 2 + 1).min(self.height - 1)
         };
         for ((sum, &near), &far) in sums.iter_mut().zip(near).zip(self.row(far)) {
-            *sum = 3 * i32::from(near) + i32::from(far);
+            *sum = 3 * u16::from(near) + u16::from(far);
         }
         if h == 1 {
             let bias = if y.is_multiple_of(2) { 1 } else { 2 };
@@ -669,16 +685,17 @@ impl Component {
 #[inline(always)]
 fn widen<T: Copy>(
     samples: &[T],
-    value: impl Fn(T) -> i32,
+    value: impl Fn(T) -> u16,
     bits: u32,
-    [left, right]: [i32; 2],
+    [left, right]: [u16; 2],
     out: &mut [u8],
 ) {
     let (first, last) = (value(samples[0]), value(samples[samples.len() - 1]));
     let pairs = out[1..].as_chunks_mut::<2>().0.iter_mut();
     for (pair, window) in pairs.zip(samples.windows(2)) {
         let (a, b) = (value(window[0]), value(window[1]));
-        *pair = [3 * a + b + right, 3 * b + a + left].map(|sum| (sum >> bits) as u8);
+        let [a, b] = [3 * a + b + right, 3 * b + a + left].map(|sum| sum >> bits);
+        *pair = (a | b << 8).to_le_bytes();
     }
     out[0] = ((4 * first + left) >> bits) as u8;
     out[2 * samples.len() - 1] = ((4 * last + right) >> bits) as u8;
@@ -693,14 +710,16 @@ fn repeat(samples: &[u8], out: &mut [u8]) {
 
 /// BT.601 in full range, in 16-bit fixed point.
 fn to_rgb(y: &[u8], cb: &[u8], cr: &[u8], out: &mut [[u8; 3]]) {
-    let mut done = 0;
     #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") {
+    if out.len() >= 16 && std::arch::is_x86_feature_detected!("avx2") {
         // SAFETY: the machine has the instructions.
-        done = unsafe { avx2::to_rgb(y, cb, cr, out) };
+        return unsafe { avx2::to_rgb(y, cb, cr, out) };
     }
-    let rest = y[done..].iter().zip(&cb[done..]).zip(&cr[done..]);
-    for (pixel, ((&y, &cb), &cr)) in out[done..].iter_mut().zip(rest) {
+    to_rgb_one_by_one(y, cb, cr, out);
+}
+
+fn to_rgb_one_by_one(y: &[u8], cb: &[u8], cr: &[u8], out: &mut [[u8; 3]]) {
+    for (pixel, ((&y, &cb), &cr)) in out.iter_mut().zip(y.iter().zip(cb).zip(cr)) {
         let (y, cb, cr) = (i32::from(y), i32::from(cb) - 128, i32::from(cr) - 128);
         let red = y + ((CR_TO_RED * cr + HALF) >> 16);
         let green = y + ((CB_TO_GREEN * cb + CR_TO_GREEN * cr + HALF) >> 16);
@@ -717,24 +736,57 @@ const CB_TO_BLUE: i32 = 116130;
 
 /// A Huffman table: short codes by lookup, long ones by length.
 struct Huffman {
+    counts: Vec<u8>,
+    symbols: Vec<u8>,
     /// Length and symbol of the code that the index starts with; length 0 if it is longer.
     short: [(u8, u8); 1 << Self::SHORT],
     /// One more than the largest code of a length, left-aligned in 16 bits.
     limit: [u32; 17],
     /// What leads from a code of a length to its symbol's place.
     offset: [i32; 17],
-    symbols: Vec<u8>,
+    steps: OnceCell<Box<[Step; 1 << Self::SHORT]>>,
+}
+
+/// What the next bits do to a block of AC coefficients: one symbol with its number, or two.
+#[derive(Clone, Copy, Default)]
+struct Step {
+    /// The numbers, the second at the end of the way, 0 if there is none.
+    numbers: [i16; 2],
+    /// Zeros before the first number.
+    run: u8,
+    /// How far it is to what comes behind: out of the block, where one of the symbols ends it.
+    way: u8,
+    /// Bits of both symbols, and of the first alone. 0 if not even the first fits into the index.
+    length: u8,
+    first_length: u8,
 }
 
 impl Huffman {
-    const SHORT: u32 = 9;
+    const SHORT: u32 = 10;
+
+    /// The table of these codes. A thread keeps the last ones: nearly all files have those of the standard's example.
+    fn of(class: usize, number: usize, counts: &[u8], symbols: &[u8]) -> Option<Rc<Self>> {
+        type Tables = [[Option<Rc<Huffman>>; 4]; 2];
+        thread_local! {
+            static LAST: RefCell<Tables> = const { RefCell::new([const { [const { None }; 4] }; 2]) };
+        }
+        LAST.with_borrow_mut(|last| {
+            let slot = last[class].get_mut(number)?;
+            match slot {
+                Some(table) if table.counts == counts && table.symbols == symbols => Some(table.clone()),
+                slot => Some(slot.insert(Rc::new(Self::new(counts, symbols)?)).clone()),
+            }
+        })
+    }
 
     fn new(counts: &[u8], symbols: &[u8]) -> Option<Self> {
         let mut table = Self {
+            counts: counts.to_vec(),
+            symbols: symbols.to_vec(),
             short: [(0, 0); 1 << Self::SHORT],
             limit: [0; 17],
             offset: [0; 17],
-            symbols: symbols.to_vec(),
+            steps: OnceCell::new(),
         };
         let (mut code, mut place) = (0u32, 0usize);
         for length in 1..=16u32 {
@@ -757,9 +809,72 @@ impl Huffman {
         }
         Some(table)
     }
+
+    fn steps(&self) -> &[Step; 1 << Self::SHORT] {
+        self.steps.get_or_init(|| {
+            let mut steps = Box::new([Step::default(); 1 << Self::SHORT]);
+            for (bits, step) in steps.iter_mut().enumerate() {
+                let Some(first) = self.step(bits, Self::SHORT) else {
+                    continue;
+                };
+                let left = Self::SHORT - u32::from(first.length);
+                let behind = bits << first.length & ((1 << Self::SHORT) - 1);
+                *step = match self.step(behind, left) {
+                    Some(second) if first.way < Step::END => Step {
+                        numbers: [first.numbers[0], second.numbers[0]],
+                        way: (first.way + second.way).min(Step::END),
+                        length: first.length + second.length,
+                        ..first
+                    },
+                    _ => first,
+                };
+            }
+            steps
+        })
+    }
+
+    /// The first symbol of `bits`, if it and its number lie within the first `count` bits of the index.
+    fn step(&self, bits: usize, count: u32) -> Option<Step> {
+        let (length, symbol) = self.short[bits];
+        let (run, size) = (symbol >> 4, u32::from(symbol & 15));
+        let all = u32::from(length) + size;
+        if length == 0 || all > count {
+            return None;
+        }
+        let number = (bits >> (Self::SHORT - all)) as u32 & ((1 << size) - 1);
+        Some(Step {
+            length: all as u8,
+            first_length: all as u8,
+            ..Step::new(run, size, signed(number, size) as i16)
+        })
+    }
+}
+
+impl Step {
+    /// A way out of every block.
+    const END: u8 = 64;
+
+    fn new(run: u8, size: u32, number: i16) -> Self {
+        let ends = size == 0 && run != 15;
+        Self {
+            numbers: [number, 0],
+            run: if ends { 0 } else { run },
+            way: if ends { Self::END } else { run + 1 },
+            ..Self::default()
+        }
+    }
+}
+
+/// The number that `size` bits stand for; their lower half are the negative ones.
+#[inline(always)]
+fn signed(bits: u32, size: u32) -> i32 {
+    let least = 1i32 << size >> 1;
+    let below = i32::from((bits as i32) < least);
+    bits as i32 - below * ((1 << size) - 1)
 }
 
 /// Bits of an entropy-coded segment, the first in the highest place; zeros behind its end.
+#[derive(Clone, Copy)]
 struct Bits<'a> {
     data: &'a [u8],
     at: usize,
@@ -803,11 +918,13 @@ impl<'a> Bits<'a> {
                 return;
             }
         }
-        self.refill_slowly();
+        *self = self.refilled_slowly();
     }
 
+    /// By value, so that the fast way can keep everything in registers.
+    #[cold]
     #[inline(never)]
-    fn refill_slowly(&mut self) {
+    fn refilled_slowly(mut self) -> Self {
         while self.count <= 56 {
             let byte = match self.data.get(self.at) {
                 Some(0xFF) if self.data.get(self.at + 1) == Some(&0) => {
@@ -827,6 +944,7 @@ impl<'a> Bits<'a> {
             self.bits |= u64::from(byte) << (56 - self.count);
             self.count += 8;
         }
+        self
     }
 
     /// Whether bits were taken that the file does not have.
@@ -875,46 +993,49 @@ impl<'a> Bits<'a> {
         table.symbols.get(usize::try_from(place).ok()?).copied()
     }
 
-    /// A number of `size` bits, the lower half of which stand for negative numbers.
-    #[inline(always)]
-    fn signed(&mut self, size: u32) -> i32 {
-        if size == 0 {
-            return 0;
-        }
-        let value = self.ahead(size) as i32;
-        if value < 1 << (size - 1) {
-            value - (1 << size) + 1
-        } else {
-            value
-        }
-    }
-
     #[inline(always)]
     fn difference(&mut self, table: &Huffman) -> Option<i32> {
         let size = u32::from(self.symbol(table)?);
-        (size <= 15).then(|| self.signed(size))
+        (size <= 15).then(|| signed(self.ahead(size), size))
     }
 
-    /// All AC coefficients of a block; answers the place of the last that is not 0, in the file's order.
+    /// All AC coefficients of a block; answers whether one is not 0.
     #[inline(always)]
-    fn coefficients(&mut self, table: &Huffman, block: &mut Block) -> Option<usize> {
-        let (mut k, mut last) = (1, 0);
+    fn coefficients(&mut self, table: &Huffman, block: &mut Block) -> Option<bool> {
+        let steps = table.steps();
+        let (mut bits, mut k, mut any) = (*self, 1, 0);
         while k < 64 {
-            let symbol = self.symbol(table)?;
-            let (run, size) = (usize::from(symbol >> 4), u32::from(symbol & 15));
-            if size == 0 {
-                if run != 15 {
-                    break;
-                }
-                k += 16;
+            bits.refill();
+            let step = steps[(bits.bits >> (64 - Huffman::SHORT)) as usize];
+            if step.length == 0 {
+                // A long code or a large number.
+                let symbol = bits.symbol(table)?;
+                let (run, size) = (symbol >> 4, u32::from(symbol & 15));
+                let step = Step::new(run, size, signed(bits.ahead(size), size) as i16);
+                block[usize::from(ZIGZAG[k + usize::from(step.run)])] = step.numbers[0];
+                any |= step.numbers[0];
+                k += usize::from(step.way);
                 continue;
             }
-            k += run;
-            block[usize::from(ZIGZAG[k])] = self.signed(size) as i16;
-            last = k;
-            k += 1;
+            let first = k + usize::from(step.run);
+            k += usize::from(step.way);
+            // The second number before the first: where there is none, it is a 0 on the first one's place or behind it.
+            block[usize::from(ZIGZAG[k - 1])] = step.numbers[1];
+            block[usize::from(ZIGZAG[first])] = step.numbers[0];
+            any |= step.numbers[0] | step.numbers[1];
+            let before = bits;
+            bits.skip(u32::from(step.length));
+            if k >= 64 {
+                if first >= 63 {
+                    // Full with the first: the second symbol is another block's.
+                    bits = before;
+                    bits.skip(u32::from(step.first_length));
+                }
+                break;
+            }
         }
-        Some(last)
+        *self = bits;
+        Some(any != 0)
     }
 
     /// First scan of a band of AC coefficients.
@@ -942,7 +1063,7 @@ impl<'a> Bits<'a> {
                 continue;
             }
             k += run as usize;
-            block[usize::from(ZIGZAG[k])] = (self.signed(size) << scan.low) as i16;
+            block[usize::from(ZIGZAG[k])] = (signed(self.ahead(size), size) << scan.low) as i16;
             k += 1;
         }
         Some(())
@@ -1210,13 +1331,13 @@ mod avx2 {
         at: [usize; 2],
         stride: usize,
     ) {
-        let [first, second] = blocks.each_ref().map(|block| block.as_chunks::<8>().0);
-        let (factors, _) = quantiser.as_chunks::<8>();
+        let [first, second] = blocks;
         let mut rows: [Row; 8] = std::array::from_fn(|y| {
             // SAFETY: eight numbers of 16 bits can be read at each pointer.
             unsafe {
-                let row = _mm256_loadu2_m128i(second[y].as_ptr().cast(), first[y].as_ptr().cast());
-                let factors = _mm_loadu_si128(factors[y].as_ptr().cast());
+                let [first, second] = [first, second].map(|block| block[y * 8..].as_ptr().cast());
+                let row = _mm256_loadu2_m128i(second, first);
+                let factors = _mm_loadu_si128(quantiser[y * 8..].as_ptr().cast());
                 Row(_mm256_mullo_epi16(row, _mm256_broadcastsi128_si256(factors)))
             }
         });
@@ -1241,54 +1362,65 @@ mod avx2 {
         };
         let [rows01, rows23] = halves(left_top, right_top);
         let [rows45, rows67] = halves(left_bottom, right_bottom);
+        for at in at {
+            assert!(samples[at..].len() >= 7 * stride + 8);
+        }
+        let samples = samples.as_mut_ptr();
         for (two, rows) in [rows01, rows23, rows45, rows67].into_iter().enumerate() {
             let blocks = [_mm256_castsi256_si128(rows), _mm256_extracti128_si256::<1>(rows)];
             for (block, at) in blocks.into_iter().zip(at) {
-                let rows = [_mm_cvtsi128_si64(block), _mm_extract_epi64::<1>(block)];
-                for (row, bytes) in rows.into_iter().enumerate() {
-                    let to = &mut samples[at + (2 * two + row) * stride..][..8];
-                    to.copy_from_slice(&bytes.to_le_bytes());
+                // SAFETY: all eight rows lie within the samples, as just made sure.
+                unsafe {
+                    let row = samples.add(at + 2 * two * stride);
+                    _mm_storel_epi64(row.cast(), block);
+                    _mm_storel_epi64(row.add(stride).cast(), _mm_unpackhi_epi64(block, block));
                 }
             }
         }
     }
 
-    /// [`super::to_rgb`] for whole groups of sixteen pixels; answers how many pixels that were.
+    /// [`super::to_rgb`] for at least sixteen pixels. The last sixteen may overlap those before.
+    ///
+    /// Products are halves of 32 bits: a factor is a whole number and a rest that fits into 16 bits, and what is left of
+    /// a product of twice the sample, plus one, halved, is the rounded product of the sample.
     #[target_feature(enable = "avx2")]
-    pub(super) fn to_rgb(y: &[u8], cb: &[u8], cr: &[u8], out: &mut [[u8; 3]]) -> usize {
-        let groups = (y.as_chunks::<16>().0.iter())
-            .zip(cb.as_chunks::<16>().0)
-            .zip(cr.as_chunks::<16>().0)
-            .zip(out.as_chunks_mut::<16>().0);
-        let mut done = 0;
-        for (((y, cb), cr), out) in groups {
-            let mut halves = [[_mm256_setzero_si256(); 2]; 3];
-            for half in 0..2 {
-                let eight = |samples: &[u8; 16]| {
-                    let eight = i64::from_le_bytes(std::array::from_fn(|at| samples[half * 8 + at]));
-                    _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(eight))
-                };
-                let centred = |samples| _mm256_sub_epi32(eight(samples), _mm256_set1_epi32(128));
-                let times = |samples, factor| _mm256_mullo_epi32(samples, _mm256_set1_epi32(factor));
-                let (y, cb, cr) = (eight(y), centred(cb), centred(cr));
-                let green = _mm256_add_epi32(times(cb, super::CB_TO_GREEN), times(cr, super::CR_TO_GREEN));
-                for (colour, sum) in [times(cr, super::CR_TO_RED), green, times(cb, super::CB_TO_BLUE)]
-                    .into_iter()
-                    .enumerate()
-                {
-                    let rounded = _mm256_add_epi32(sum, _mm256_set1_epi32(super::HALF));
-                    halves[colour][half] = _mm256_add_epi32(y, _mm256_srai_epi32::<16>(rounded));
-                }
-            }
-            let [red, green, blue] = halves.map(|[low, high]| {
-                // Packing works within halves of a register, and orders them 0, 2, 1, 3.
-                let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(low, high));
+    pub(super) fn to_rgb(y: &[u8], cb: &[u8], cr: &[u8], out: &mut [[u8; 3]]) {
+        let last = out.len() - 16;
+        for at in (0..out.len()).step_by(16).map(|at| at.min(last)) {
+            let load = |samples: &[u8]| {
+                let sixteen = &samples[at..][..16];
+                // SAFETY: sixteen bytes can be read.
+                _mm256_cvtepu8_epi16(unsafe { _mm_loadu_si128(sixteen.as_ptr().cast()) })
+            };
+            let centred = |samples| _mm256_sub_epi16(load(samples), _mm256_set1_epi16(128));
+            let (y, cb, cr) = (load(y), centred(cb), centred(cr));
+            let times = |samples, rest: i32| {
+                let twice = _mm256_add_epi16(samples, samples);
+                let product = _mm256_mulhi_epi16(twice, _mm256_set1_epi16(rest as i16));
+                _mm256_srai_epi16::<1>(_mm256_add_epi16(product, _mm256_set1_epi16(1)))
+            };
+            let red = _mm256_add_epi16(cr, times(cr, super::CR_TO_RED - (1 << 16)));
+            let blue = _mm256_add_epi16(_mm256_add_epi16(cb, cb), times(cb, super::CB_TO_BLUE - (2 << 16)));
+            let factors =
+                _mm256_set1_epi32(super::CB_TO_GREEN & 0xFFFF | (super::CR_TO_GREEN + (1 << 16)) << 16);
+            let mixed = |pairs| {
+                let rounded =
+                    _mm256_add_epi32(_mm256_madd_epi16(pairs, factors), _mm256_set1_epi32(super::HALF));
+                _mm256_srai_epi32::<16>(rounded)
+            };
+            let green = _mm256_packs_epi32(
+                mixed(_mm256_unpacklo_epi16(cb, cr)),
+                mixed(_mm256_unpackhi_epi16(cb, cr)),
+            );
+            let green = _mm256_sub_epi16(green, cr);
+            let [red, green, blue] = [red, green, blue].map(|colour| {
+                let words = _mm256_add_epi16(y, colour);
                 _mm_packus_epi16(
                     _mm256_castsi256_si128(words),
                     _mm256_extracti128_si256::<1>(words),
                 )
             });
-            let bytes = out.as_flattened_mut().as_chunks_mut::<16>().0;
+            let bytes = out[at..][..16].as_flattened_mut().as_chunks_mut::<16>().0;
             for (third, bytes) in bytes.iter_mut().enumerate() {
                 // Byte `at` of the 48 is colour `at % 3` of pixel `at / 3`.
                 let of_colour = |colour: usize| {
@@ -1308,9 +1440,7 @@ mod avx2 {
                 bytes[..8].copy_from_slice(&low.to_le_bytes());
                 bytes[8..].copy_from_slice(&high.to_le_bytes());
             }
-            done += 16;
         }
-        done
     }
 
     #[target_feature(enable = "avx2")]
@@ -1392,9 +1522,76 @@ mod tests {
             let mut block = [0; 64];
             block[0] = dc as i16;
             *component.waiting.free() = block;
-            component.put(0, 0, &quantiser, 0);
+            component.put(0, 0, &quantiser, false);
             assert_eq!(component.samples[0], both(&[block; 2], &quantiser)[1]);
             assert_eq!(*component.waiting.free(), [0; 64]);
+        }
+    }
+
+    #[test]
+    fn steps_agree_with_symbols() {
+        let counts = [0, 2, 1, 3, 3, 2, 4, 3, 5, 5, 4, 4, 0, 0, 1, 125];
+        let mut symbols: Vec<u8> = (0..=255)
+            .filter(|symbol| matches!(symbol & 15, 1..=10) || matches!(symbol, 0 | 0xF0))
+            .collect();
+        let mut state = 1u32;
+        let mut byte = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24).min(0xFE) as u8
+        };
+        // Short codes for what ends a block, then for what overruns it, then for small numbers.
+        let orders: [fn(&u8) -> u8; 3] = [|_| 0, |symbol| 255 - symbol, |symbol| symbol & 15];
+        for order in orders {
+            symbols.sort_by_key(order);
+            let table = Huffman::new(&counts, &symbols).unwrap();
+            let data: Vec<u8> = (0..20_000).map(|_| byte()).collect();
+            let (mut fast, mut plain) = (Bits::new(&data, 0), Bits::new(&data, 0));
+            let read = |bits: &Bits| bits.at * 8 + (bits.padding as usize) - bits.count as usize;
+            while !plain.overran() {
+                let (mut expected, mut k) = ([0; 64], 1);
+                while k < 64 {
+                    let Some(symbol) = plain.symbol(&table) else {
+                        break;
+                    };
+                    let (run, size) = (usize::from(symbol >> 4), u32::from(symbol & 15));
+                    if size == 0 && run != 15 {
+                        break;
+                    }
+                    k += run;
+                    if size != 0 {
+                        expected[usize::from(ZIGZAG[k])] = signed(plain.ahead(size), size) as i16;
+                    }
+                    k += 1;
+                }
+                let mut block = [0; 64];
+                match fast.coefficients(&table, &mut block) {
+                    Some(any) => {
+                        assert_eq!(block, expected);
+                        assert_eq!(any, block != [0; 64]);
+                    }
+                    // No symbol has this code.
+                    None => break,
+                }
+                assert_eq!(read(&fast), read(&plain));
+            }
+            assert!(fast.at > 1000, "{}", fast.at);
+        }
+    }
+
+    #[test]
+    fn colours_agree() {
+        let samples = |step: usize| -> Vec<u8> { (0..=255).cycle().step_by(step).take(61).collect() };
+        for y in [1, 3, 29] {
+            for cb in 0..=255 {
+                for shift in 0..61 {
+                    let (y, mut cr) = (samples(y), samples(5));
+                    cr.rotate_left(shift);
+                    let (mut fast, mut plain) = ([[0; 3]; 61], [[0; 3]; 61]);
+                    to_rgb(&y, &[cb; 61], &cr, &mut fast);
+                    to_rgb_one_by_one(&y, &[cb; 61], &cr, &mut plain);
+                    assert_eq!(fast, plain);
+                }
+            }
         }
     }
 
