@@ -8,6 +8,7 @@
 
 use std::fmt;
 use std::io::Cursor;
+use std::mem::MaybeUninit;
 use std::path::Path;
 
 use ::image::codecs::jpeg::JpegEncoder;
@@ -344,6 +345,22 @@ impl Image {
 
     /// [`Image::to_chw_f32`], mirrored on the way if `mirror`.
     pub(crate) fn write_chw(&self, out: &mut [f32], mirror: bool) {
+        let out = std::ptr::from_mut(out) as *mut [MaybeUninit<f32>];
+        // SAFETY: the slice is borrowed for as long, and only numbers are written.
+        self.fill_chw(unsafe { &mut *out }, mirror);
+    }
+
+    /// [`Image::write_chw`] behind what `out` holds.
+    pub(crate) fn append_chw(&self, out: &mut Vec<f32>, mirror: bool) {
+        let length = self.pixels.len();
+        out.reserve(length);
+        self.fill_chw(&mut out.spare_capacity_mut()[..length], mirror);
+        // SAFETY: so many numbers were just written.
+        unsafe { out.set_len(out.len() + length) };
+    }
+
+    /// Writes every number of `out`.
+    fn fill_chw(&self, out: &mut [MaybeUninit<f32>], mirror: bool) {
         assert_eq!(
             out.len(),
             self.pixels.len(),
@@ -352,24 +369,12 @@ impl Image {
         if out.is_empty() {
             return;
         }
-        let plane = self.width * self.height;
-        let (red, rest) = out.split_at_mut(plane);
-        let (green, blue) = rest.split_at_mut(plane);
-        let planes = red
-            .chunks_exact_mut(self.width)
-            .zip(green.chunks_exact_mut(self.width))
-            .zip(blue.chunks_exact_mut(self.width));
-        for (row, ((red, green), blue)) in self.pixels.chunks_exact(self.width * 3).zip(planes) {
-            let targets = red.iter_mut().zip(green).zip(blue);
-            if mirror {
-                for (pixel, target) in row.chunks_exact(3).rev().zip(targets) {
-                    normalise(pixel, target);
-                }
-            } else {
-                for (pixel, target) in row.chunks_exact(3).zip(targets) {
-                    normalise(pixel, target);
-                }
-            }
+        let (red, rest) = out.split_at_mut(self.width * self.height);
+        let (green, blue) = rest.split_at_mut(self.width * self.height);
+        let [red, green, blue] = [red, green, blue].map(|plane| plane.chunks_exact_mut(self.width));
+        let rows = self.pixels.chunks_exact(self.width * 3);
+        for (((row, red), green), blue) in rows.zip(red).zip(green).zip(blue) {
+            normalise(row, [red, green, blue], mirror);
         }
     }
 
@@ -458,11 +463,97 @@ static LEVELS: [f32; 256] = {
     levels
 };
 
-#[inline(always)]
-fn normalise(pixel: &[u8], ((red, green), blue): ((&mut f32, &mut f32), &mut f32)) {
-    *red = LEVELS[usize::from(pixel[0])];
-    *green = LEVELS[usize::from(pixel[1])];
-    *blue = LEVELS[usize::from(pixel[2])];
+/// A row of red, of green and of blue, to be written from end to end.
+type Planes<'a> = [&'a mut [MaybeUninit<f32>]; 3];
+
+/// A row of pixels as numbers.
+fn normalise(row: &[u8], planes: Planes, mirror: bool) {
+    #[cfg(target_arch = "x86_64")]
+    if row.len() >= 8 * 3 && std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the machine has AVX2, and there are eight pixels.
+        return unsafe { avx2::normalise(row, planes, mirror) };
+    }
+    normalise_one_by_one(row, planes, mirror);
+}
+
+fn normalise_one_by_one(row: &[u8], planes: Planes, mirror: bool) {
+    for (channel, plane) in planes.into_iter().enumerate() {
+        let levels = row.as_chunks::<3>().0.iter();
+        let levels = levels.map(|pixel| LEVELS[usize::from(pixel[channel])]);
+        let write = |(out, level): (&mut MaybeUninit<f32>, f32)| {
+            out.write(level);
+        };
+        if mirror {
+            plane.iter_mut().zip(levels.rev()).for_each(write);
+        } else {
+            plane.iter_mut().zip(levels).for_each(write);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::*;
+
+    use super::Planes;
+
+    /// For each channel where the levels of eight pixels lie, each four times: of pixels 0 to 3 in the first 16 of 24
+    /// bytes, of pixels 4 to 7 in the last 16.
+    const PICKS: [[[u8; 16]; 2]; 3] = picks(false);
+    /// The same from the right, pixels 7 to 4 first.
+    const MIRRORED: [[[u8; 16]; 2]; 3] = picks(true);
+
+    const fn picks(mirror: bool) -> [[[u8; 16]; 2]; 3] {
+        let mut picks = [[[0; 16]; 2]; 3];
+        let mut at = 0;
+        while at < 3 * 2 * 16 {
+            let (channel, half, byte) = (at / 32, at / 16 % 2, at % 16);
+            let pixel = half * 4 + byte / 4;
+            let pixel = if mirror { 7 - pixel } else { pixel };
+            let start = if pixel < 4 { 0 } else { 8 };
+            picks[channel][half][byte] = (pixel * 3 + channel - start) as u8;
+            at += 1;
+        }
+        picks
+    }
+
+    /// [`super::normalise`] for eight pixels or more. The last eight may overlap those before.
+    ///
+    /// A level four times is 2³²·level/255 but for a fraction. Half of that, with the last bit set for the fraction,
+    /// rounds to single precision as level/255 does.
+    #[target_feature(enable = "avx2")]
+    pub(super) fn normalise(row: &[u8], planes: Planes, mirror: bool) {
+        let width = row.len() / 3;
+        let picks = if mirror { &MIRRORED } else { &PICKS };
+        let [red, green, blue] = planes.map(|plane| &mut plane[..width]);
+        for at in (0..width).step_by(8).map(|at| at.min(width - 8)) {
+            let pixels = &row[at * 3..][..8 * 3];
+            // SAFETY: sixteen bytes can be read at both places, thrice.
+            let (first, last) = unsafe {
+                (
+                    _mm_loadu_si128(pixels.as_ptr().cast()),
+                    _mm_loadu_si128(pixels[8..].as_ptr().cast()),
+                )
+            };
+            let (first, last, to) = if mirror {
+                (last, first, width - 8 - at)
+            } else {
+                (first, last, at)
+            };
+            let bytes = _mm256_set_m128i(last, first);
+            for (plane, picks) in [&mut *red, &mut *green, &mut *blue].into_iter().zip(picks) {
+                // SAFETY: the places are 32 bytes.
+                let picks = unsafe { _mm256_loadu_si256(picks.as_ptr().cast()) };
+                let levels = _mm256_srli_epi32::<1>(_mm256_shuffle_epi8(bytes, picks));
+                let levels = _mm256_cvtepi32_ps(_mm256_or_si256(levels, _mm256_set1_epi32(1)));
+                let numbers = _mm256_mul_ps(levels, _mm256_set1_ps(1.0 / (1 << 30) as f32));
+                let numbers = _mm256_sub_ps(numbers, _mm256_set1_ps(1.0));
+                let out = &mut plane[to..][..8];
+                // SAFETY: eight numbers can be written.
+                unsafe { _mm256_storeu_ps(out.as_mut_ptr().cast(), numbers) };
+            }
+        }
+    }
 }
 
 /// Why a picture is not decoded, before it has a name.
@@ -587,5 +678,31 @@ fn turned(image: Image, orientation: Orientation) -> Image {
         width,
         height,
         pixels: picture.into_rgb8().into_raw(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_agree() {
+        for width in [8, 9, 16, 256] {
+            for (shift, mirror) in [(0, false), (1, true), (2, false), (3, true)] {
+                let row: Vec<u8> = (0..width * 3)
+                    .map(|i| (i / 3 + i % 3 * shift * 85) as u8)
+                    .collect();
+                let numbers = |normalise: fn(&[u8], Planes, bool)| {
+                    let mut numbers = vec![MaybeUninit::new(2.0); width * 3];
+                    let (red, rest) = numbers.split_at_mut(width);
+                    let (green, blue) = rest.split_at_mut(width);
+                    normalise(&row, [red, green, blue], mirror);
+                    // SAFETY: they were numbers from the beginning.
+                    let bits = |number: MaybeUninit<f32>| unsafe { number.assume_init() }.to_bits();
+                    numbers.into_iter().map(bits).collect::<Vec<_>>()
+                };
+                assert_eq!(numbers(normalise), numbers(normalise_one_by_one));
+            }
+        }
     }
 }

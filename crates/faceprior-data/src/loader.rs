@@ -312,7 +312,7 @@ impl Loader {
         let position = self.position;
         let places = self.places(position);
         let mut batch = Batch {
-            images: vec![0.0; places.len() * 3 * self.size * self.size],
+            images: Vec::with_capacity(places.len() * 3 * self.size * self.size),
             shape: [0, 3, self.size, self.size],
             labels: Vec::with_capacity(if self.dataset.num_classes() > 0 {
                 places.len()
@@ -328,9 +328,7 @@ impl Loader {
             self.next_wanted += 1;
             match picture {
                 Ok((picture, mirror)) => {
-                    let length = 3 * self.size * self.size;
-                    let start = batch.indices.len() * length;
-                    picture.write_chw(&mut batch.images[start..start + length], mirror);
+                    picture.append_chw(&mut batch.images, mirror);
                     batch.labels.extend(self.dataset.label(index));
                     batch.indices.push(index);
                 }
@@ -338,7 +336,6 @@ impl Loader {
             }
         }
         batch.shape[0] = batch.indices.len();
-        batch.images.truncate(batch.shape.iter().product());
         self.position = self.after(position);
         Ok(batch)
     }
