@@ -14,17 +14,22 @@ use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cubecl_environment::bytes::{AccessError, AccessPolicy, AllocationController, AllocationProperty, Bytes};
+use memmap2::MmapMut;
 
 /// Alignment of every buffer: a cache line, and a whole AVX-512 register.
 const ALIGN: usize = 64;
+/// From this size on, memory is mapped from the system. The heap would keep it, in pieces, after it was freed.
+const MAPPED: usize = 1 << 20;
+/// Size and alignment of a huge page. A Winograd transform follows 36 streams through memory at once, for whose small
+/// pages the processor's table of addresses is too short.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// A buffer of floats that goes back to the pool when dropped. Contents start as whatever was left there.
 #[derive(Debug)]
 pub(crate) struct Buffer {
-    /// The allocation, up to [`ALIGN`] bytes before the buffer.
-    allocation: NonNull<u8>,
-    /// Bytes of the buffer, a size class of the pool.
-    capacity: usize,
+    /// Taken out when the buffer is dropped.
+    memory: Option<Memory>,
+    start: NonNull<f32>,
     /// Floats asked for.
     length: usize,
 }
@@ -39,27 +44,16 @@ impl Buffer {
     pub(crate) fn take(length: usize) -> Self {
         let wanted = size_class(length * size_of::<f32>());
         let kept = state().take(wanted);
-        let (capacity, allocation) = kept.map_or_else(
-            || {
-                let layout = layout(wanted);
-                // SAFETY: the layout is not empty. Zeroed, so that every float is initialised from the beginning.
-                let allocation = unsafe { alloc_zeroed(layout) };
-                let allocation = NonNull::new(allocation).unwrap_or_else(|| handle_alloc_error(layout));
-                (wanted, allocation)
-            },
-            |(capacity, Kept(allocation))| (capacity, allocation),
-        );
+        let memory = kept.unwrap_or_else(|| Memory::new(wanted));
         Self {
-            allocation,
-            capacity,
+            start: memory.start.cast(),
+            memory: Some(memory),
             length,
         }
     }
 
-    /// The first aligned float of the allocation.
-    fn start(&self) -> *mut f32 {
-        let allocation = self.allocation.as_ptr();
-        allocation.wrapping_add(allocation.align_offset(ALIGN)).cast()
+    fn capacity(&self) -> usize {
+        self.memory.as_ref().map_or(0, |memory| memory.capacity)
     }
 
     /// Takes a buffer of `length` zeros.
@@ -82,21 +76,23 @@ impl std::ops::Deref for Buffer {
 
     fn deref(&self) -> &[f32] {
         // SAFETY: `start()` is valid for `length` initialised floats, which are owned.
-        unsafe { std::slice::from_raw_parts(self.start(), self.length) }
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
     }
 }
 
 impl std::ops::DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
         // SAFETY: as in `deref`, and `self` is borrowed exclusively.
-        unsafe { std::slice::from_raw_parts_mut(self.start(), self.length) }
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let given_back = state().give(self.capacity, Kept(self.allocation));
-        release(given_back);
+        if let Some(memory) = self.memory.take() {
+            // Given back to the system after the pool is unlocked.
+            let _surplus = state().give(memory);
+        }
     }
 }
 
@@ -110,25 +106,95 @@ impl AllocationController for Buffer {
     }
 
     unsafe fn memory_mut(&mut self, _policy: AccessPolicy) -> Result<&mut [MaybeUninit<u8>], AccessError> {
-        // SAFETY: the whole allocation is valid and owned; the caller writes initialised bytes only.
-        Ok(unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.capacity) })
+        // SAFETY: the whole memory is valid and owned; the caller writes initialised bytes only.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.capacity()) })
     }
 
     fn memory(&self, _policy: AccessPolicy) -> Result<&[MaybeUninit<u8>], AccessError> {
-        // SAFETY: the whole allocation is valid and owned.
-        Ok(unsafe { std::slice::from_raw_parts(self.start().cast(), self.capacity) })
+        // SAFETY: the whole memory is valid and owned.
+        Ok(unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.capacity()) })
     }
 }
 
-/// Memory that nobody uses at the moment.
-struct Kept(NonNull<u8>);
+/// Memory of a size class, aligned to [`ALIGN`]. It was zeroed when it was new, so that every float is initialised.
+#[derive(Debug)]
+struct Memory {
+    start: NonNull<u8>,
+    capacity: usize,
+    place: Place,
+}
 
-// SAFETY: kept memory belongs to the pool alone.
-unsafe impl Send for Kept {}
+#[derive(Debug)]
+enum Place {
+    /// An allocation that begins up to [`ALIGN`] bytes before.
+    Heap(NonNull<u8>),
+    /// A mapping that begins up to a huge page before.
+    Mapped { _map: MmapMut },
+}
+
+// SAFETY: the memory is owned.
+unsafe impl Send for Memory {}
+
+impl Memory {
+    fn new(capacity: usize) -> Self {
+        if capacity >= MAPPED {
+            Self::mapped(capacity)
+        } else {
+            Self::on_heap(capacity)
+        }
+    }
+
+    fn on_heap(capacity: usize) -> Self {
+        let layout = layout(capacity);
+        // SAFETY: the layout is not empty.
+        let allocation = unsafe { alloc_zeroed(layout) };
+        let Some(allocation) = NonNull::new(allocation) else {
+            handle_alloc_error(layout);
+        };
+        let before = allocation.as_ptr().align_offset(ALIGN);
+        Self {
+            // SAFETY: the layout has room for the alignment.
+            start: unsafe { allocation.add(before) },
+            capacity,
+            place: Place::Heap(allocation),
+        }
+    }
+
+    fn mapped(capacity: usize) -> Self {
+        let align = if capacity >= HUGE_PAGE { HUGE_PAGE } else { ALIGN };
+        let Ok(mut map) = MmapMut::map_anon(capacity + align) else {
+            handle_alloc_error(layout(capacity));
+        };
+        let before = map.as_ptr().align_offset(align);
+        // Whole pages only: what lies behind the buffer is not to become resident. A system without huge pages
+        // refuses, which costs speed alone.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise_range(
+            memmap2::Advice::HugePage,
+            before,
+            capacity / HUGE_PAGE * HUGE_PAGE,
+        );
+        let start = NonNull::from(&mut map[before]);
+        Self {
+            start,
+            capacity,
+            place: Place::Mapped { _map: map },
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Place::Heap(allocation) = self.place {
+            // SAFETY: allocated by `on_heap` with this layout.
+            unsafe { dealloc(allocation.as_ptr(), layout(self.capacity)) }
+        }
+    }
+}
 
 #[derive(Default)]
 struct State {
-    kept: BTreeMap<usize, Vec<Kept>>,
+    kept: BTreeMap<usize, Vec<Memory>>,
     bytes_kept: usize,
     bytes_in_use: usize,
     most_in_use: usize,
@@ -149,42 +215,41 @@ fn state() -> MutexGuard<'static, State> {
 }
 
 impl State {
-    /// The smallest kept buffer that holds `wanted` bytes and wastes at most a quarter of them, and its capacity.
-    fn take(&mut self, wanted: usize) -> Option<(usize, Kept)> {
+    /// The smallest kept memory that holds `wanted` bytes and wastes at most a quarter of them.
+    fn take(&mut self, wanted: usize) -> Option<Memory> {
         let kept = self
             .kept
             .range_mut(wanted..=wanted + wanted / 4)
-            .find_map(|(capacity, class)| class.pop().map(|memory| (*capacity, memory)));
-        let capacity = kept.as_ref().map_or(wanted, |(capacity, _)| *capacity);
+            .find_map(|(_, class)| class.pop());
+        let capacity = kept.as_ref().map_or(wanted, |memory| memory.capacity);
         self.bytes_in_use += capacity;
         self.most_in_use = self.most_in_use.max(self.bytes_in_use);
         match &kept {
             Some(_) => self.bytes_kept -= capacity,
-            None => release(self.surplus()),
+            None => drop(self.surplus()),
         }
         kept
     }
 
-    fn give(&mut self, capacity: usize, memory: Kept) -> Vec<(usize, Kept)> {
-        self.bytes_in_use -= capacity;
-        self.bytes_kept += capacity;
-        self.kept.entry(capacity).or_default().push(memory);
+    fn give(&mut self, memory: Memory) -> Vec<Memory> {
+        self.bytes_in_use -= memory.capacity;
+        self.bytes_kept += memory.capacity;
+        self.kept.entry(memory.capacity).or_default().push(memory);
         self.surplus()
     }
 
-    /// Removes kept buffers, largest first, until the pool is within its bound.
-    fn surplus(&mut self) -> Vec<(usize, Kept)> {
+    /// Removes kept memory, largest first, until the pool is within its bound.
+    fn surplus(&mut self) -> Vec<Memory> {
         let mut surplus = Vec::new();
         let slack = self.least_slack.max(self.most_in_use / 4);
         while self.bytes_in_use + self.bytes_kept > self.most_in_use + slack {
             let Some(mut class) = self.kept.last_entry() else {
                 break;
             };
-            let capacity = *class.key();
             match class.get_mut().pop() {
                 Some(memory) => {
-                    self.bytes_kept -= capacity;
-                    surplus.push((capacity, memory));
+                    self.bytes_kept -= memory.capacity;
+                    surplus.push(memory);
                 }
                 None => {
                     class.remove();
@@ -192,13 +257,6 @@ impl State {
             }
         }
         surplus
-    }
-}
-
-fn release(memory: Vec<(usize, Kept)>) {
-    for (capacity, Kept(allocation)) in memory {
-        // SAFETY: allocated by `Buffer::take` with this layout, and taken out of the pool for good.
-        unsafe { dealloc(allocation.as_ptr(), layout(capacity)) }
     }
 }
 
@@ -234,18 +292,24 @@ mod tests {
     #[test]
     fn surplus_goes_back_and_most_in_use_bounds_the_pool() {
         let mut state = State::default();
-        let memory = || Kept(NonNull::dangling());
         assert!(state.take(128).is_none());
         assert!(state.take(64).is_none());
-        assert!(state.give(128, memory()).is_empty());
-        assert!(state.give(64, memory()).is_empty());
-        assert!(state.take(64).is_some_and(|(capacity, _)| capacity == 64));
+        assert!(state.give(Memory::new(128)).is_empty());
+        assert!(state.give(Memory::new(64)).is_empty());
+        assert!(state.take(64).is_some_and(|memory| memory.capacity == 64));
         assert_eq!((state.bytes_in_use, state.bytes_kept), (64, 128));
         // Other sizes: 64 in use, 128 kept and 48 new are within 240, five quarters of the 192 once in use.
         state.bytes_in_use += 48;
         assert!(state.surplus().is_empty());
         state.bytes_in_use += 16;
-        assert_eq!(state.surplus().iter().map(|kept| kept.0).sum::<usize>(), 128);
+        assert_eq!(
+            state
+                .surplus()
+                .iter()
+                .map(|memory| memory.capacity)
+                .sum::<usize>(),
+            128
+        );
         assert_eq!((state.bytes_in_use, state.bytes_kept), (128, 0));
     }
 
@@ -253,9 +317,23 @@ mod tests {
     fn a_somewhat_larger_buffer_serves_too() {
         let mut state = State::default();
         assert!(state.take(1280).is_none());
-        assert!(state.give(1280, Kept(NonNull::dangling())).is_empty());
+        assert!(state.give(Memory::new(1280)).is_empty());
         assert!(state.take(64).is_none());
-        assert!(state.take(1024).is_some_and(|(capacity, _)| capacity == 1280));
+        assert!(state.take(1024).is_some_and(|memory| memory.capacity == 1280));
+    }
+
+    #[test]
+    fn memory_of_any_size_is_zeroed_aligned_and_all_there() {
+        for capacity in [64, MAPPED - 64, MAPPED, HUGE_PAGE, 5 * HUGE_PAGE / 2] {
+            let memory = Memory::new(capacity);
+            let start = memory.start.as_ptr();
+            let align = if capacity >= HUGE_PAGE { HUGE_PAGE } else { ALIGN };
+            assert_eq!(start as usize % align, 0);
+            // SAFETY: as many bytes as were asked for, of which this test is the owner.
+            let bytes = unsafe { std::slice::from_raw_parts_mut(start, capacity) };
+            assert!(bytes.iter().all(|byte| *byte == 0));
+            bytes.fill(1);
+        }
     }
 
     #[test]
