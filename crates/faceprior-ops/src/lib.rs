@@ -44,6 +44,7 @@ mod pool;
 mod prepared;
 mod reference;
 mod resampling;
+pub mod small;
 #[cfg(test)]
 mod testing;
 mod update;

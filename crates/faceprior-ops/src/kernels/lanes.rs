@@ -126,6 +126,9 @@ pub(crate) trait Kernel {
 pub(crate) trait Lanes: Copy {
     /// Blocks of sixteen columns in a register tile, as many as the registers hold beside six rows.
     const TILE_BLOCKS: usize;
+    /// Rows of a register tile of one block: as many sums as the registers hold, and no more than keep two multipliers
+    /// busy that answer after four cycles.
+    const TILE_ROWS: usize;
 
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
@@ -168,6 +171,8 @@ impl Portable {
 
 impl Lanes for Portable {
     const TILE_BLOCKS: usize = 1;
+    // Four registers to a sum: x86-64 without extensions has sixteen, other processors have 32.
+    const TILE_ROWS: usize = if cfg!(target_arch = "x86_64") { 3 } else { 6 };
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
@@ -296,6 +301,7 @@ mod x86 {
 
     impl Lanes for Avx512 {
         const TILE_BLOCKS: usize = 4;
+        const TILE_ROWS: usize = 8;
 
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
@@ -412,6 +418,7 @@ mod x86 {
 
     impl Lanes for Avx2 {
         const TILE_BLOCKS: usize = 1;
+        const TILE_ROWS: usize = 6;
 
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {

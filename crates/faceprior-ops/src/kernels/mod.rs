@@ -15,6 +15,7 @@ pub(crate) mod layout;
 pub(crate) mod load;
 pub(crate) mod pointwise;
 pub(crate) mod resample;
+pub(crate) mod small;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod tile;

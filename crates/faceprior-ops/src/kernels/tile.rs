@@ -2,8 +2,9 @@
 
 use super::lanes::Lanes;
 
-/// Rows of a register tile: with four blocks of columns, 24 of AVX-512's 32 registers accumulate.
-pub(crate) const TILE_ROWS: usize = 6;
+/// Rows of a register tile of several blocks: with four, 24 of AVX-512's 32 registers accumulate. A tile of one block has
+/// [`Lanes::TILE_ROWS`].
+const WIDE_ROWS: usize = 6;
 
 /// Terms of the inner dimension that are summed before the next: so many rows of B, at 64 columns 24 KiB, stay in the
 /// first-level cache while all rows of A pass by.
@@ -51,6 +52,40 @@ pub(crate) struct Runs<'a> {
     pub(crate) length: usize,
 }
 
+/// What each sum of a product starts from, and what it goes through on its way into C.
+pub(crate) trait Ends<L: Lanes>: Copy {
+    /// What the sums of a block of columns start from; `c` is where they go.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `L`; the block and the address are among those of the product.
+    unsafe fn start(self, block: usize, c: *const f32) -> L;
+
+    /// What is stored for the complete sums of a block of columns.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `L`; the block is among those of the product.
+    unsafe fn finish(self, block: usize, sums: L) -> L;
+}
+
+/// C = A·B, or C += A·B.
+#[derive(Clone, Copy)]
+struct Plain {
+    accumulate: bool,
+}
+
+impl<L: Lanes> Ends<L> for Plain {
+    #[inline(always)]
+    unsafe fn start(self, _: usize, c: *const f32) -> L {
+        // SAFETY: the caller's promise.
+        unsafe { if self.accumulate { L::load(c) } else { L::zero() } }
+    }
+
+    #[inline(always)]
+    unsafe fn finish(self, _: usize, sums: L) -> L {
+        sums
+    }
+}
+
 /// C = A·B, or C += A·B, for all `rows` and `blocks`·16 columns.
 ///
 /// Each element of C is one chain of fused multiply-adds in the order of the inner dimension, however the rows are
@@ -70,11 +105,31 @@ pub(crate) unsafe fn multiply<L: Lanes>(
     c: *mut f32,
     accumulate: bool,
 ) {
-    let mut accumulate = accumulate;
+    // SAFETY: the caller's promise.
+    unsafe { multiply_between::<L>(rows, blocks, runs, strides, a, b, c, Plain { accumulate }) }
+}
+
+/// [`multiply`] with sums that start and end as `ends` says.
+///
+/// # Safety
+/// As for [`multiply`].
+#[inline(always)]
+pub(crate) unsafe fn multiply_between<L: Lanes>(
+    rows: &[Row],
+    blocks: usize,
+    runs: Runs,
+    strides: Strides,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    ends: impl Ends<L>,
+) {
     // SAFETY: parts of the runs are what the caller promises for the whole.
     unsafe {
         if runs.length > INNER {
             let pieces = runs.length.div_ceil(INNER);
+            let last = runs.offsets.len() * pieces;
+            let mut part = 0;
             for (a_offset, b_offset) in runs.offsets {
                 let mut first = 0;
                 for piece in 0..pieces {
@@ -87,24 +142,28 @@ pub(crate) unsafe fn multiply<L: Lanes>(
                         offsets: &[offset],
                         length,
                     };
-                    multiply_part::<L>(rows, blocks, piece, strides, a, b, c, accumulate);
+                    let which = [part == 0, part + 1 == last];
+                    multiply_part::<L>(rows, blocks, piece, strides, a, b, c, ends, which);
                     first += length;
-                    accumulate = true;
+                    part += 1;
                 }
             }
         } else if runs.offsets.is_empty() {
-            multiply_part::<L>(rows, blocks, runs, strides, a, b, c, accumulate);
+            multiply_part::<L>(rows, blocks, runs, strides, a, b, c, ends, [true; 2]);
         } else {
-            for offsets in runs.offsets.chunks(INNER / runs.length.max(1)) {
+            let parts = runs.offsets.chunks(INNER / runs.length.max(1));
+            let last = parts.len();
+            for (part, offsets) in parts.enumerate() {
+                let which = [part == 0, part + 1 == last];
                 let part = Runs { offsets, ..runs };
-                multiply_part::<L>(rows, blocks, part, strides, a, b, c, accumulate);
-                accumulate = true;
+                multiply_part::<L>(rows, blocks, part, strides, a, b, c, ends, which);
             }
         }
     }
 }
 
-/// [`multiply`] for as much of the inner dimension as the cache holds.
+/// [`multiply_between`] for as much of the inner dimension as the cache holds: whether it is the first such part and
+/// whether the last.
 ///
 /// # Safety
 /// As for [`multiply`].
@@ -117,10 +176,12 @@ unsafe fn multiply_part<L: Lanes>(
     a: *const f32,
     b: *const f32,
     c: *mut f32,
-    accumulate: bool,
+    ends: impl Ends<L>,
+    part: [bool; 2],
 ) {
     // Groups of nearly equal height: 7 rows are 4 + 3, not 6 + 1.
-    let groups = rows.len().div_ceil(TILE_ROWS);
+    let tallest = if blocks == 1 { L::TILE_ROWS } else { WIDE_ROWS };
+    let groups = rows.len().div_ceil(tallest);
     let mut row = 0;
     for group in 0..groups {
         let height = (rows.len() - row).div_ceil(groups - group);
@@ -128,24 +189,26 @@ unsafe fn multiply_part<L: Lanes>(
         // SAFETY: the caller's promise.
         unsafe {
             macro_rules! dispatch {
-                ($blocks:literal) => {
+                ($blocks:literal blocks, $tallest:expr) => {
                     match height {
-                        6 => tile::<L, 6, $blocks>(rows, runs, strides, a, b, c, accumulate),
-                        5 => tile::<L, 5, $blocks>(rows, runs, strides, a, b, c, accumulate),
-                        4 => tile::<L, 4, $blocks>(rows, runs, strides, a, b, c, accumulate),
-                        3 => tile::<L, 3, $blocks>(rows, runs, strides, a, b, c, accumulate),
-                        2 => tile::<L, 2, $blocks>(rows, runs, strides, a, b, c, accumulate),
-                        _ => tile::<L, 1, $blocks>(rows, runs, strides, a, b, c, accumulate),
+                        8 if $tallest >= 8 => tile::<L, 8, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        7 if $tallest >= 8 => tile::<L, 7, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        6 if $tallest >= 6 => tile::<L, 6, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        5 if $tallest >= 6 => tile::<L, 5, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        4 if $tallest >= 6 => tile::<L, 4, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        3 => tile::<L, 3, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        2 => tile::<L, 2, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        _ => tile::<L, 1, $blocks>(rows, runs, strides, a, b, c, ends, part),
                     }
                 };
             }
             if L::TILE_BLOCKS == 1 || blocks == 1 {
-                dispatch!(1)
+                dispatch!(1 blocks, L::TILE_ROWS)
             } else {
                 match blocks {
-                    4 => dispatch!(4),
-                    3 => dispatch!(3),
-                    _ => dispatch!(2),
+                    4 => dispatch!(4 blocks, WIDE_ROWS),
+                    3 => dispatch!(3 blocks, WIDE_ROWS),
+                    _ => dispatch!(2 blocks, WIDE_ROWS),
                 }
             }
         }
@@ -165,7 +228,8 @@ unsafe fn tile<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
     a: *const f32,
     b: *const f32,
     c: *mut f32,
-    accumulate: bool,
+    ends: impl Ends<L>,
+    [first, last]: [bool; 2],
 ) {
     // Offsets are computed once and added without overflow checks, which debug builds would otherwise make in the
     // innermost loop.
@@ -179,11 +243,10 @@ unsafe fn tile<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
     // SAFETY: the caller promises instructions and addresses.
     unsafe {
         let mut sums = [[L::zero(); BLOCKS]; ROWS];
-        if accumulate {
-            for (row, sums) in sums.iter_mut().enumerate() {
-                for (block, sum) in sums.iter_mut().enumerate() {
-                    *sum = L::load(c_at(row, block));
-                }
+        for (row, sums) in sums.iter_mut().enumerate() {
+            for (block, sum) in sums.iter_mut().enumerate() {
+                let c = c_at(row, block);
+                *sum = if first { ends.start(block, c) } else { L::load(c) };
             }
         }
         for &(a_offset, b_offset) in runs.offsets {
@@ -203,6 +266,7 @@ unsafe fn tile<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
         }
         for (row, sums) in sums.iter().enumerate() {
             for (block, sum) in sums.iter().enumerate() {
+                let sum = if last { ends.finish(block, *sum) } else { *sum };
                 sum.store(c_at(row, block));
             }
         }
