@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::FacesError;
 use crate::cascade::Cascade;
-use crate::lanes::Isa;
 use crate::networks::{Networks, OnDevice};
 use crate::similarity::Landmarks;
 
@@ -162,15 +161,17 @@ impl std::fmt::Debug for Detector {
 }
 
 impl Detector {
-    /// A detector on the CPU, by this crate's own kernels: the fast one.
+    /// A detector on the CPU, by [`faceprior_ops::small`]: the fast one.
     ///
     /// # Errors
-    /// [`FacesError::Setting`] if a setting cannot work.
+    /// [`FacesError::Setting`] if a setting cannot work, [`FacesError::InstructionSet`] if `FACEPRIOR_ISA` asks for
+    /// instructions that the processor lacks.
     pub fn new(config: DetectorConfig) -> Result<Self, FacesError> {
         config.check()?;
+        faceprior_ops::instruction_set().map_err(FacesError::InstructionSet)?;
         Ok(Self {
             config,
-            networks: Box::new(Cascade::new(Isa::detect())),
+            networks: Box::new(Cascade::new()),
         })
     }
 

@@ -19,6 +19,9 @@ pub enum FacesError {
         /// What would do.
         expected: &'static str,
     },
+    /// `FACEPRIOR_ISA` names no instruction set of this processor.
+    #[error("{0}")]
+    InstructionSet(String),
     /// The pictures cannot be listed, or a crop cannot be written.
     #[error(transparent)]
     Data(#[from] DataError),

@@ -15,7 +15,6 @@ mod cascade;
 mod detect;
 mod error;
 mod journal;
-mod lanes;
 pub mod names;
 mod networks;
 mod similarity;

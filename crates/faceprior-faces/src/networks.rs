@@ -45,7 +45,22 @@ pub(crate) trait Networks: Send + Sync {
 }
 
 /// Crops in one batch: bounds the memory of a picture full of candidates.
-const BATCH: usize = 64;
+const BATCH: usize = 32;
+
+/// What `answer` says of a batch of crops, for all of them.
+pub(crate) fn in_batches<T>(
+    crops: &mut dyn Iterator<Item = Image>,
+    mut answer: impl FnMut(&[Image]) -> Vec<T>,
+) -> Vec<T> {
+    let mut answers = Vec::new();
+    loop {
+        let batch: Vec<Image> = (&mut *crops).take(BATCH).collect();
+        if batch.is_empty() {
+            return answers;
+        }
+        answers.extend(answer(&batch));
+    }
+}
 
 /// The networks as they are defined, on any device.
 pub(crate) struct OnDevice {
@@ -81,21 +96,6 @@ impl OnDevice {
             TensorData::new(values, [images.len(), 3, height, width]),
             &self.device,
         )
-    }
-
-    fn batches<T>(
-        &self,
-        crops: &mut dyn Iterator<Item = Image>,
-        mut answer: impl FnMut(Tensor<4>) -> Vec<T>,
-    ) -> Vec<T> {
-        let mut answers = Vec::new();
-        loop {
-            let batch: Vec<Image> = (&mut *crops).take(BATCH).collect();
-            if batch.is_empty() {
-                return answers;
-            }
-            answers.extend(answer(self.tensor(&batch)));
-        }
     }
 }
 
@@ -141,8 +141,8 @@ impl Networks for OnDevice {
     }
 
     fn refine(&self, crops: &mut dyn Iterator<Item = Image>) -> Vec<Refinement> {
-        self.batches(crops, |crops| {
-            let answer = self.mtcnn.rnet.forward(crops);
+        in_batches(crops, |crops| {
+            let answer = self.mtcnn.rnet.forward(self.tensor(crops));
             let (probability, offsets) = (numbers(answer.probability), numbers(answer.offsets));
             let both = probability.into_iter().zip(rows(&offsets));
             both.map(|(probability, offsets)| Refinement { probability, offsets })
@@ -151,8 +151,8 @@ impl Networks for OnDevice {
     }
 
     fn output(&self, crops: &mut dyn Iterator<Item = Image>) -> Vec<Output> {
-        self.batches(crops, |crops| {
-            let answer = self.mtcnn.onet.forward(crops);
+        in_batches(crops, |crops| {
+            let answer = self.mtcnn.onet.forward(self.tensor(crops));
             let (probability, offsets) = (numbers(answer.probability), numbers(answer.offsets));
             let landmarks = numbers(answer.landmarks);
             let all = probability.into_iter().zip(rows(&offsets)).zip(rows(&landmarks));

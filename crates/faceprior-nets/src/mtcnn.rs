@@ -3,7 +3,7 @@
 //!
 //! Images are RGB, normalised as (x − 127.5)/128. Every convolution has padding 0, every pool rounds its size up.
 //! The detection procedure around them is in the crate `faceprior-faces`, which also ships their weights and runs
-//! them by kernels of its own on the CPU; this is their definition, for every device.
+//! them by [`faceprior_ops::small`] on the CPU; this is their definition, for every device.
 //!
 //! Axes: `N` pictures, `H`, `W` space. Offsets are (x1, y1, x2, y2) in units of the box's sides; landmarks are
 //! (x × 5, y × 5) from the box's left top corner in the same units: left eye, right eye, nose, left and right
