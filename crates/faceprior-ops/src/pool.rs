@@ -11,6 +11,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cubecl_environment::bytes::{AccessError, AccessPolicy, AllocationController, AllocationProperty, Bytes};
@@ -20,7 +21,7 @@ use memmap2::MmapMut;
 const ALIGN: usize = 64;
 /// From this size on, memory is mapped from the system. The heap would keep it, in pieces, after it was freed.
 const MAPPED: usize = 1 << 20;
-/// Size and alignment of a huge page. A Winograd transform follows 36 streams through memory at once, for whose small
+/// Size of a huge page. A Winograd transform follows 36 streams through memory at once, for whose small
 /// pages the processor's table of addresses is too short.
 const HUGE_PAGE: usize = 2 << 20;
 
@@ -128,7 +129,7 @@ struct Memory {
 enum Place {
     /// An allocation that begins up to [`ALIGN`] bytes before.
     Heap(NonNull<u8>),
-    /// A mapping that begins up to a huge page before.
+    /// A mapping that begins somewhat before.
     Mapped { _map: MmapMut },
 }
 
@@ -162,7 +163,8 @@ impl Memory {
 
     fn mapped(capacity: usize) -> Self {
         let align = if capacity >= HUGE_PAGE { HUGE_PAGE } else { ALIGN };
-        let Ok(mut map) = MmapMut::map_anon(capacity + align) else {
+        let shift = shift();
+        let Ok(mut map) = MmapMut::map_anon(align + shift + capacity) else {
             handle_alloc_error(layout(capacity));
         };
         let before = map.as_ptr().align_offset(align);
@@ -172,15 +174,22 @@ impl Memory {
         let _ = map.advise_range(
             memmap2::Advice::HugePage,
             before,
-            capacity / HUGE_PAGE * HUGE_PAGE,
+            (shift + capacity) / HUGE_PAGE * HUGE_PAGE,
         );
-        let start = NonNull::from(&mut map[before]);
+        let start = NonNull::from(&mut map[before + shift]);
         Self {
             start,
             capacity,
             place: Place::Mapped { _map: map },
         }
     }
+}
+
+/// Where in its first page the next mapped buffer starts. If all started alike, what a kernel reads and what it writes
+/// would meet in one set of a cache, and a load would wait for the store whose address looks the same.
+fn shift() -> usize {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    COUNT.fetch_add(1, Ordering::Relaxed) * 37 % 1024 * ALIGN
 }
 
 impl Drop for Memory {
@@ -327,8 +336,7 @@ mod tests {
         for capacity in [64, MAPPED - 64, MAPPED, HUGE_PAGE, 5 * HUGE_PAGE / 2] {
             let memory = Memory::new(capacity);
             let start = memory.start.as_ptr();
-            let align = if capacity >= HUGE_PAGE { HUGE_PAGE } else { ALIGN };
-            assert_eq!(start as usize % align, 0);
+            assert_eq!(start as usize % ALIGN, 0);
             // SAFETY: as many bytes as were asked for, of which this test is the owner.
             let bytes = unsafe { std::slice::from_raw_parts_mut(start, capacity) };
             assert!(bytes.iter().all(|byte| *byte == 0));

@@ -396,6 +396,16 @@ mod tests {
         let held_out = demo(&["data.validation_pairs=7"]).unwrap();
         assert_eq!(old.differences_for(&held_out, StageName::Recognizer).len(), 1);
         assert!(old.differences_for(&held_out, StageName::Prior).is_empty());
+        let rounded = demo(&["activations.precision=bf16"]).unwrap();
+        for stage in [
+            StageName::Prior,
+            StageName::Encoder,
+            StageName::Recognizer,
+            StageName::Scratch,
+        ] {
+            assert_eq!(old.differences_for(&rounded, stage).len(), 1);
+        }
+        assert!(demo(&["activations.precision=f16"]).is_err());
     }
 
     #[test]
