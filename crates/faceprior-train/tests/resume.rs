@@ -35,12 +35,17 @@ impl Reporter for Watch {
 }
 
 fn go(dir: &Path, stop_after: Option<u64>) -> (Result<Outcome, TrainError>, Watch) {
+    go_with(dir, stop_after, &[])
+}
+
+fn go_with(dir: &Path, stop_after: Option<u64>, more: &[&str]) -> (Result<Outcome, TrainError>, Watch) {
     // Dropout in units and output layer, warm-up, margin ramp, a frozen first epoch, selection by validation.
-    let recipe = tiny(&[
+    let changes = [
         "recognizer.dropout=0.1",
         "recognizer.output_dropout=0.3",
         "scratch.freeze_epochs=1",
-    ]);
+    ];
+    let recipe = tiny(&[&changes, more].concat());
     let mut run = Run::open(dir, StageName::Scratch, &recipe, Start::ResumeOrBegin).unwrap();
     let mut watch = Watch {
         stop_after,
@@ -123,4 +128,19 @@ fn interrupted_runs_end_like_uninterrupted_ones() {
     assert!(watch.warnings[0].contains("step-000000008") && watch.warnings[0].contains("checksum"));
     outcome.unwrap();
     assert_same_end(&whole, &damaged);
+
+    // Activations that are computed again lead to the same state; rounded ones to another, again and again the same.
+    const STATE: &str = "checkpoints/step-000000010/state.safetensors";
+    let state = |name: &str, stops: &[u64], changes: &[&str]| {
+        for stop in stops {
+            go_with(&dir(name), Some(*stop), changes).0.unwrap();
+        }
+        go_with(&dir(name), None, changes).0.unwrap();
+        bytes(dir(name).join(STATE))
+    };
+    assert!(state("computed again", &[], &["activations.recompute=true"]) == bytes(whole.join(STATE)));
+    let bf16 = ["activations.precision=bf16", "activations.recompute=true"];
+    let rounded = state("rounded", &[], &bf16);
+    assert!(rounded != bytes(whole.join(STATE)));
+    assert!(state("rounded and stopped", &[4], &bf16) == rounded);
 }
