@@ -194,6 +194,7 @@ impl Kernel for Columns<'_> {
                 b_inner: columns,
                 b_block: BLOCK,
                 c_block: BLOCK,
+                b_follows: false,
             },
         );
         let runs = Runs {

@@ -388,6 +388,7 @@ impl Kernel for LoadedPixels<'_> {
                     b_inner: width,
                     b_block: BLOCK,
                     c_block: to,
+                    b_follows: true,
                 };
                 let first_column = group * L::TILE_BLOCKS * BLOCK;
                 let b = panels
@@ -563,6 +564,7 @@ impl Kernel for ProductTask<'_> {
             b_inner: width,
             b_block: BLOCK,
             c_block: p.plane,
+            b_follows: p.taps.len() == p.num_taps,
         };
         let pixels: Vec<_> = rows
             .flat_map(|row| pixels.clone().map(move |pixel| (row, pixel)))
@@ -754,6 +756,7 @@ impl Kernel for WeightGradientTask<'_> {
             b_inner: BLOCK,
             b_block: plane,
             c_block: BLOCK,
+            b_follows: false,
         };
         let rows: Vec<_> = (taps.start * inputs..taps.end * inputs)
             .map(|row| {

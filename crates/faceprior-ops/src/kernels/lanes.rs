@@ -135,6 +135,9 @@ pub(crate) trait Lanes: Copy {
     unsafe fn splat(value: f32) -> Self;
     /// The float at an address, sixteen times. In debug builds `splat(*from)` would check the address each time.
     unsafe fn broadcast(from: *const f32) -> Self;
+    /// Asks for the cache line of an address, which need not be valid, in the second-level cache.
+    #[inline(always)]
+    unsafe fn prefetch(_: *const f32) {}
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn sub(self, other: Self) -> Self;
     unsafe fn mul(self, other: Self) -> Self;
@@ -324,6 +327,11 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn prefetch(from: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
+        }
+
+        #[inline(always)]
         unsafe fn add(self, other: Self) -> Self {
             unsafe { Self(_mm512_add_ps(self.0, other.0)) }
         }
@@ -451,6 +459,11 @@ mod x86 {
                 let value = _mm256_broadcastss_ps(_mm_load_ss(from));
                 Self(value, value)
             }
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch(from: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
         }
 
         #[inline(always)]

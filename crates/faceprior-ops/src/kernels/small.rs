@@ -205,6 +205,7 @@ impl Kernel for Convolve<'_> {
                 b_inner: width,
                 b_block: BLOCK,
                 c_block: BLOCK,
+                b_follows: false,
             };
             let column = first * BLOCK;
             let ends = BiasAndPrelu {

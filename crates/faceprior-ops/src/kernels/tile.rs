@@ -10,7 +10,7 @@ const WIDE_ROWS: usize = 6;
 /// first-level cache while all rows of A pass by.
 const INNER: usize = 96;
 
-/// How the operands of [`multiply`] lie in memory, all distances in floats.
+/// How the operands of [`multiply`] lie in memory, distances in floats.
 #[derive(Clone, Copy)]
 pub(crate) struct Strides {
     /// Between neighbours along the inner dimension of A.
@@ -21,6 +21,9 @@ pub(crate) struct Strides {
     pub(crate) b_block: usize,
     /// Between blocks of sixteen columns of C.
     pub(crate) c_block: usize,
+    /// Whether what is multiplied next lies in memory behind each part of B: then it is asked for while that part is at
+    /// work.
+    pub(crate) b_follows: bool,
 }
 
 /// Where a row of the product starts in A and in C.
@@ -162,6 +165,9 @@ pub(crate) unsafe fn multiply_between<L: Lanes>(
     }
 }
 
+/// Groups of rows at least for which a part of B is used before the next part is asked for ahead of time.
+const AHEAD_GROUPS: usize = 4;
+
 /// [`multiply_between`] for as much of the inner dimension as the cache holds: whether it is the first such part and
 /// whether the last.
 ///
@@ -182,8 +188,21 @@ unsafe fn multiply_part<L: Lanes>(
     // Groups of nearly equal height: 7 rows are 4 + 3, not 6 + 1.
     let tallest = if blocks == 1 { L::TILE_ROWS } else { WIDE_ROWS };
     let groups = rows.len().div_ceil(tallest);
+    // Cache lines of the next part for each group of rows to ask for.
+    let lines = if strides.b_follows && groups >= AHEAD_GROUPS {
+        (runs.offsets.len() * runs.length * blocks).div_ceil(groups)
+    } else {
+        0
+    };
+    let (_, last) = runs.offsets.last().copied().unwrap_or_default();
+    let mut next = b.wrapping_add(last + runs.length * strides.b_inner);
     let mut row = 0;
     for group in 0..groups {
+        for _ in 0..lines {
+            // SAFETY: the caller promises the instructions.
+            unsafe { L::prefetch(next) };
+            next = next.wrapping_add(16);
+        }
         let height = (rows.len() - row).div_ceil(groups - group);
         let rows = &rows[row..row + height];
         // SAFETY: the caller's promise.

@@ -280,6 +280,7 @@ impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for Chunk<'_, M, 
                     b_inner: width,
                     b_block: BLOCK,
                     c_block: BLOCK,
+                    b_follows: true,
                 };
                 let rows = Row::spaced(tiles, inputs, width);
                 let runs = Runs {

@@ -194,6 +194,7 @@ unsafe fn add_point<L: Lanes>(
             b_inner: blocks * BLOCK,
             b_block: BLOCK,
             c_block: BLOCK,
+            b_follows: false,
         };
         let runs = Runs {
             offsets: &[(0, 0)],
