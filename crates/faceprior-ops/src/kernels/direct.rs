@@ -388,7 +388,8 @@ impl Kernel for LoadedPixels<'_> {
                     b_inner: width,
                     b_block: BLOCK,
                     c_block: to,
-                    b_follows: true,
+                    // Small, and in the cache since the task before.
+                    b_follows: false,
                 };
                 let first_column = group * L::TILE_BLOCKS * BLOCK;
                 let b = panels
