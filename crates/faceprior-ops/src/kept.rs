@@ -69,9 +69,9 @@ enum Form {
     Unknown,
     AsTheyAre(FlexTensor),
     /// Two to a float of the buffer.
-    Rounded(Arc<Buffer>, [usize; 5]),
+    Rounded(Buffer, [usize; 5]),
     Again {
-        compute: Arc<dyn Fn() -> FlexTensor + Send + Sync>,
+        compute: Box<dyn Fn() -> FlexTensor + Send>,
         /// Convolutions to run from values that do wait.
         depth: usize,
     },
@@ -94,10 +94,11 @@ impl Kept {
         let mut place = self.place();
         if matches!(place.form, Form::Unknown) {
             place.form = if Activations::current().bf16 {
-                let mut rounded = Buffer::take(values(x).len().div_ceil(2));
+                let floats = values(x);
+                let mut rounded = Buffer::take(floats.len().div_ceil(2));
                 let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut rounded);
-                half::round(Isa::best(), values(x), &mut halves[..values(x).len()]);
-                Form::Rounded(Arc::new(rounded), dims(x))
+                half::round(Isa::best(), floats, &mut halves[..floats.len()]);
+                Form::Rounded(rounded, dims(x))
             } else {
                 Form::AsTheyAre(x.clone())
             };
@@ -137,7 +138,7 @@ impl WeakKept {
     /// Leaves word how to compute the values again, from others that wait in `from`, where that is wanted.
     pub(crate) fn compute_again<F>(&self, from: &Kept, how: impl FnOnce() -> F)
     where
-        F: Fn() -> FlexTensor + Send + Sync + 'static,
+        F: Fn() -> FlexTensor + Send + 'static,
     {
         let depth = from.depth() + 1;
         if !Activations::current().recompute || depth > MAX_DEPTH {
@@ -146,7 +147,7 @@ impl WeakKept {
         if let Some(place) = self.0.upgrade() {
             let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
             place.form = Form::Again {
-                compute: Arc::new(how()),
+                compute: Box::new(how()),
                 depth,
             };
         }

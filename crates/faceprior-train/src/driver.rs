@@ -11,8 +11,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use burn::tensor::Device;
 use faceprior_data::{Batch, Loader, Position};
 use faceprior_nets::weights::{self, Weights};
+use faceprior_ops::{Activations, is_cpu};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -120,6 +122,7 @@ pub fn train(
     stop: &Stop,
     reporter: &mut dyn Reporter,
 ) -> Result<Outcome, TrainError> {
+    check_activations(stage.activations(), stage.device())?;
     let mut driver = Driver {
         budget: stage.budget().clone(),
         progress: Progress::start(stage.seed()),
@@ -153,6 +156,20 @@ pub fn train(
         }
     }
     driver.finish()
+}
+
+/// Whether activations can wait like that on a device.
+///
+/// # Errors
+/// [`TrainError::Invalid`] for a device that would not heed it.
+pub fn check_activations(activations: Activations, device: &Device) -> Result<(), TrainError> {
+    if activations == Activations::default() || is_cpu(device) {
+        return Ok(());
+    }
+    Err(TrainError::Invalid(format!(
+        "{activations:?} are for the CPU, and the device is another\n\
+         hint: give --device cpu, or leave precision and recompute as they are"
+    )))
 }
 
 /// What the driver itself must remember over an interruption.

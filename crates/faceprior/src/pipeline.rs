@@ -12,11 +12,10 @@ use faceprior_eval::baseline::PixelPca;
 use faceprior_eval::bootstrap::Bootstrap;
 use faceprior_eval::verification::{self, Comparison, Protocol, Scored};
 use faceprior_nets::weights::Weights;
-use faceprior_ops::is_cpu;
 use faceprior_train::TrainError;
 use faceprior_train::driver::{self, Outcome, Reporter};
 use faceprior_train::embed::{EmbedOptions, PairSet, read_embedder};
-use faceprior_train::recipe::{ActivationsRecipe, Recipe, StageName};
+use faceprior_train::recipe::{Recipe, StageName};
 use faceprior_train::run::{Run, Start};
 use faceprior_train::signals::Stop;
 use faceprior_train::sources;
@@ -182,13 +181,7 @@ pub fn train_stage(
     stop: &Stop,
     reporter: &mut dyn Reporter,
 ) -> Result<Outcome, TrainError> {
-    if recipe.activations != ActivationsRecipe::default() && !is_cpu(device) {
-        return Err(TrainError::Invalid(format!(
-            "[activations] is {:?}, which is for the CPU, and the device is another\n\
-             hint: give --device cpu, or leave precision and recompute as they are",
-            recipe.activations
-        )));
-    }
+    driver::check_activations(recipe.activations.into(), device)?;
     // Locked before anything is read: a second process learns at once that it is one too many.
     let mut run = Run::open(dir, name, recipe, start)?;
     let mut stage: Box<dyn Stage> = match name {

@@ -1,7 +1,8 @@
 //! bfloat16: the upper half of an f32, for what has to wait in memory.
 
+use rayon::prelude::*;
+
 use super::lanes::{Isa, Kernel, Lanes};
-use super::parallel;
 
 /// Values of one task.
 const TASK_VALUES: usize = 64 << 10;
@@ -9,52 +10,19 @@ const TASK_VALUES: usize = 64 << 10;
 /// Rounds to the nearest bfloat16, ties to even; what is not a number stays none.
 pub(crate) fn round(isa: Isa, values: &[f32], halves: &mut [u16]) {
     assert_eq!(values.len(), halves.len());
-    let to = Halves(halves.as_mut_ptr());
-    tasks(values.len(), |start, length| {
-        // SAFETY: the part of one task, which lies inside the slice and which nobody else touches.
-        let to = unsafe { std::slice::from_raw_parts_mut(to.at(start), length) };
-        isa.run(Round {
-            values: &values[start..start + length],
-            to,
-        });
-    });
+    let parts = values.par_chunks(TASK_VALUES);
+    parts
+        .zip(halves.par_chunks_mut(TASK_VALUES))
+        .for_each(|(values, to)| isa.run(Round { values, to }));
 }
 
 /// The values of bfloat16s, which is exact.
 pub(crate) fn widen(isa: Isa, halves: &[u16], values: &mut [f32]) {
     assert_eq!(values.len(), halves.len());
-    let to = super::Shared::new(values);
-    tasks(halves.len(), |start, length| {
-        // SAFETY: as in `round`.
-        let to = unsafe { std::slice::from_raw_parts_mut(to.at(start), length) };
-        isa.run(Widen {
-            halves: &halves[start..start + length],
-            to,
-        });
-    });
-}
-
-/// Runs `task(start, length)` on parts that together are the whole.
-fn tasks(length: usize, task: impl Fn(usize, usize) + Send + Sync) {
-    parallel(length.div_ceil(TASK_VALUES), |index| {
-        let start = index * TASK_VALUES;
-        task(start, TASK_VALUES.min(length - start));
-    });
-}
-
-/// A pointer into a buffer of which every task writes its own part.
-#[derive(Clone, Copy)]
-struct Halves(*mut u16);
-
-// SAFETY: as for `Shared`.
-unsafe impl Send for Halves {}
-// SAFETY: as for `Shared`.
-unsafe impl Sync for Halves {}
-
-impl Halves {
-    fn at(self, offset: usize) -> *mut u16 {
-        self.0.wrapping_add(offset)
-    }
+    let parts = halves.par_chunks(TASK_VALUES);
+    parts
+        .zip(values.par_chunks_mut(TASK_VALUES))
+        .for_each(|(halves, to)| isa.run(Widen { halves, to }));
 }
 
 struct Round<'a> {

@@ -27,6 +27,7 @@ use faceprior::nets::stylegan2::{
 };
 use faceprior::ops::bench::Convolution;
 use faceprior::ops::{Activations, is_cpu};
+use faceprior::train::driver::check_activations;
 use faceprior::train::optim::{Optimizer, all_but_batch_norm, update_average};
 use faceprior::train::recipe::Recipe;
 use faceprior::train::schedule::Clock;
@@ -144,12 +145,7 @@ pub fn run(context: &Context, arguments: args::Bench) -> Result<()> {
         bf16: arguments.activations.precision == Some(Precision::Bf16),
         recompute: arguments.activations.recompute,
     };
-    if activations != Activations::default() && !is_cpu(&device) {
-        bail!(
-            "--precision and --recompute are for the CPU, the device is {}\nhint: give --device cpu",
-            faceprior::device::describe(&device)
-        );
-    }
+    check_activations(activations, &device)?;
     let mut timings = Vec::new();
     for work in works {
         let name = work
