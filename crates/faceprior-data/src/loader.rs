@@ -215,8 +215,9 @@ impl Loader {
     )]
     pub fn next(&mut self) -> Result<Batch, DataError> {
         let begun = Instant::now();
-        // An epoch without a single readable picture would be followed by others for ever.
-        for _ in 0..self.batches_per_epoch() {
+        // An epoch without a single readable picture would be followed by others for ever. Wherever they begin, this
+        // many batches hold a whole epoch; fewer may be the unreadable end of one and the unreadable start of the next.
+        for _ in 1..2 * self.batches_per_epoch() {
             self.schedule();
             let mut batch = self.assemble()?;
             if !batch.is_empty() {
@@ -705,6 +706,25 @@ mod tests {
                 .unreadable()
                 .all(|picture| picture.reason.contains("broken on purpose"))
         );
+    }
+
+    #[test]
+    fn unreadable_batches_on_both_sides_of_an_epochs_end_are_passed_over() {
+        let set = Numbered {
+            broken: vec![0],
+            ..Numbered::new(2)
+        };
+        let config = LoaderConfig {
+            max_unreadable: 1,
+            ..config(1)
+        };
+        // Among so many shuffled epochs the broken picture is last of one and first of the next.
+        let batches = take(&mut loader(set, config, Position::default()), 40);
+        assert!(batches.iter().all(|batch| batch.indices == [1]));
+        let adjacent = batches
+            .windows(2)
+            .any(|pair| pair[0].position.batch == 0 && pair[1].position.batch == 1);
+        assert!(adjacent);
     }
 
     #[test]
