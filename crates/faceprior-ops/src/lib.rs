@@ -61,7 +61,7 @@ pub use normalization::{BatchStatistics, batch_norm, batch_norm_train};
 pub use resampling::{downsample_smooth, max_pool2d, subsample, upsample_smooth};
 pub use update::{AdamStep, SgdStep, adam_step, moving_average, sgd_step};
 
-/// The instruction set that the CPU kernels use: `avx512`, `avx2` or `portable`. The best of the processor, unless the
+/// The instruction set that the CPU kernels use: `amx`, `avx512`, `avx2` or `portable`. The best of the processor, unless the
 /// environment variable `FACEPRIOR_ISA` names another.
 ///
 /// # Errors

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::lanes::{Isa, Kernel, Lanes};
-use super::tile::{Row, Runs, Strides, multiply};
+use super::tile::{Plain, Row, Runs, Strides, multiply_between};
 use super::{BLOCK, Shared, parallel};
 
 /// Rows of B that a task of [`rows_by_rows`] multiplies by all rows of A.
@@ -136,7 +136,7 @@ pub(crate) fn by_columns(isa: Isa, a: Matrix, b: &[f32], columns: usize, c: &mut
     assert_eq!(a.values.len(), a.rows * a.inner);
     assert_eq!((b.len(), c.len()), (a.inner * columns, a.rows * columns));
     let c = Shared::new(c);
-    let width = isa.tile_blocks() * BLOCK;
+    let width = TASK_BLOCKS * BLOCK;
     parallel(columns.div_ceil(width), |task| {
         let first = task * width;
         isa.run(Columns {
@@ -154,7 +154,7 @@ pub(crate) fn by_columns_here(isa: Isa, a: Matrix, b: &[f32], columns: usize, c:
     assert_eq!(a.values.len(), a.rows * a.inner);
     assert_eq!((b.len(), c.len()), (a.inner * columns, a.rows * columns));
     let c = Shared::new(c);
-    for first in (0..columns).step_by(isa.tile_blocks() * BLOCK) {
+    for first in (0..columns).step_by(TASK_BLOCKS * BLOCK) {
         isa.run(Columns {
             a,
             b,
@@ -164,6 +164,9 @@ pub(crate) fn by_columns_here(isa: Isa, a: Matrix, b: &[f32], columns: usize, c:
         });
     }
 }
+
+/// Blocks of sixteen columns that a task computes.
+const TASK_BLOCKS: usize = 4;
 
 struct Columns<'a> {
     a: Matrix<'a>,
@@ -186,7 +189,7 @@ impl Kernel for Columns<'_> {
             first,
         } = self;
         let (a_row, a_inner) = if a.transposed { (1, a.rows) } else { (a.inner, 1) };
-        let width = (columns - first).min(L::TILE_BLOCKS * BLOCK);
+        let width = (columns - first).min(TASK_BLOCKS * BLOCK);
         let (blocks, strides) = (
             width / BLOCK,
             Strides {
@@ -194,6 +197,7 @@ impl Kernel for Columns<'_> {
                 b_inner: columns,
                 b_block: BLOCK,
                 c_block: BLOCK,
+                matrices: false,
                 b_follows: false,
             },
         );
@@ -206,7 +210,9 @@ impl Kernel for Columns<'_> {
             if blocks > 0 {
                 let rows = Row::spaced(a.rows, a_row, columns);
                 let (b, c) = (b.as_ptr().wrapping_add(first), c.at(first));
-                multiply::<L>(&rows, blocks, runs, strides, a.values.as_ptr(), b, c, false);
+                // B passes once, for few rows: packing it for a matrix unit would be most of the work.
+                let ends = Plain { accumulate: false };
+                multiply_between::<L>(&rows, blocks, runs, strides, a.values.as_ptr(), b, c, ends);
             }
             for row in 0..a.rows {
                 for column in first + blocks * BLOCK..first + width {

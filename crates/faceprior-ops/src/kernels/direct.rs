@@ -5,9 +5,11 @@
 //! an offset. Borders are copied once around the input, so that no inner loop asks where it is; what the input goes
 //! through on its way is done in the same copy.
 
+use super::cells::{self, Grid};
 use super::lanes::{Isa, Kernel, Lanes};
 use super::load::{AsIs, Load, Read};
-use super::tile::{Row, Runs, Strides, multiply};
+use super::panel::Panel;
+use super::tile::{Row, Runs, Strides, multiply, multiply_panel};
 use super::weights::{Columns, WeightShape, WeightTile};
 use super::{BLOCK, Shared, parallel};
 use crate::pool::Buffer;
@@ -182,30 +184,39 @@ fn run_length(inner: usize) -> usize {
     inner.min(BLOCK)
 }
 
-/// Weights as columns of the product, `[group of column blocks][block of the inner side][tap][lane][blocks·16]`.
+/// The columns of a product with some taps of a weight: for each block of the inner side and each tap one run.
 ///
 /// A convolution's columns are output channels, its data gradient's are input channels.
-fn pack(isa: Isa, weight: &[f32], shape: WeightShape, side: Columns) -> Buffer {
+fn panel(shape: WeightShape, side: Columns, taps: usize) -> Panel {
+    let (columns, inner) = side.sides(shape);
+    Panel {
+        runs: inner.div_ceil(BLOCK) * taps,
+        length: run_length(inner),
+        blocks: columns.div_ceil(BLOCK),
+    }
+}
+
+/// Packs some taps of a weight.
+fn pack(isa: Isa, weight: &[f32], shape: WeightShape, side: Columns, taps: &[usize]) -> Buffer {
     let (columns, inner) = side.sides(shape);
     assert_eq!(weight.len(), columns * inner * shape.taps);
-    let (column_blocks, inner_blocks) = (columns.div_ceil(BLOCK), inner.div_ceil(BLOCK));
-    let length = run_length(inner);
-    let rows = inner_blocks * shape.taps * length;
-    let mut panels = Buffer::take(column_blocks * BLOCK * rows);
-    let to = Shared::new(&mut panels);
-    parallel(column_blocks * inner_blocks, |task| {
-        let (column_block, inner_block) = (task / inner_blocks, task % inner_blocks);
+    let panel = panel(shape, side, taps.len());
+    let mut values = Buffer::take(panel.size());
+    let to = Shared::new(&mut values);
+    let inner_blocks = inner.div_ceil(BLOCK);
+    parallel(panel.blocks * inner_blocks, |task| {
         isa.run(PackBlock {
             weight,
             shape,
             side,
+            taps,
+            panel,
             to,
-            length,
-            column_block,
-            inner_block,
+            block: task / inner_blocks,
+            inner_block: task % inner_blocks,
         });
     });
-    panels
+    values
 }
 
 /// Sixteen columns of sixteen channels.
@@ -213,9 +224,10 @@ struct PackBlock<'a> {
     weight: &'a [f32],
     shape: WeightShape,
     side: Columns,
+    taps: &'a [usize],
+    panel: Panel,
     to: Shared,
-    length: usize,
-    column_block: usize,
+    block: usize,
     inner_block: usize,
 }
 
@@ -228,27 +240,22 @@ impl Kernel for PackBlock<'_> {
             weight,
             shape,
             side,
+            taps,
+            panel,
             to,
-            length,
-            column_block,
+            block,
             inner_block,
         } = self;
-        let (columns, inner) = side.sides(shape);
-        let rows = inner.div_ceil(BLOCK) * shape.taps * length;
-        let group = column_block / L::TILE_BLOCKS;
-        let width = L::TILE_BLOCKS.min(columns.div_ceil(BLOCK) - group * L::TILE_BLOCKS) * BLOCK;
-        let start = group * L::TILE_BLOCKS * BLOCK * rows
-            + inner_block * shape.taps * length * width
-            + column_block % L::TILE_BLOCKS * BLOCK;
+        let start = panel.start(block) + inner_block * taps.len() * panel.length * BLOCK;
         let mut tile = WeightTile::new(shape);
         // SAFETY: the caller promises the instructions; each task writes the rows and columns of its blocks, inside
         // the buffer by its size.
         unsafe {
-            side.read::<L>(&mut tile, weight, column_block, inner_block);
-            for tap in 0..shape.taps {
-                for row in 0..length {
-                    let lanes = L::load(side.row(&mut tile, row, tap));
-                    lanes.store(to.at(start + (tap * length + row) * width));
+            side.read::<L>(&mut tile, weight, block, inner_block);
+            for (place, tap) in taps.iter().enumerate() {
+                for row in 0..panel.length {
+                    let lanes = L::load(side.row(&mut tile, row, *tap));
+                    lanes.store(to.at(start + (place * panel.length + row) * BLOCK));
                 }
             }
         }
@@ -261,9 +268,18 @@ fn rows_per_task(rows: usize, other_tasks: usize) -> usize {
     rows.div_ceil(wanted.min(rows))
 }
 
+/// Whether [`forward`] is computed by [`cells`].
+fn on_matrix_unit(isa: Isa, geometry: Geometry) -> bool {
+    cells::suits(isa, geometry.i, geometry.o, geometry.taps(), geometry.stride)
+}
+
 /// The weight of a convolution, `[O, I, kh, kw]`, as [`forward`] reads it.
 pub(crate) fn prepare(isa: Isa, geometry: Geometry, weight: &[f32]) -> Buffer {
-    pack(isa, weight, geometry.weight(), Columns::Outputs)
+    let taps: Vec<_> = (0..geometry.taps()).collect();
+    if on_matrix_unit(isa, geometry) {
+        return cells::pack(isa, weight, geometry.weight(), Columns::Outputs, &taps);
+    }
+    pack(isa, weight, geometry.weight(), Columns::Outputs, &taps)
 }
 
 /// The convolution of `x` `[N, ⌈I/16⌉, H, W, 16]` with a prepared weight.
@@ -272,21 +288,43 @@ pub(crate) fn forward(
     geometry: Geometry,
     x: &[f32],
     load: Option<Load>,
-    panels: &[f32],
+    weight: &[f32],
     y: &mut [f32],
 ) {
     let g = geometry.flattened();
     let [oh, ow] = g.outputs();
     assert_eq!(x.len(), g.n * g.in_blocks() * g.h * g.w * BLOCK);
     assert_eq!(y.len(), g.n * g.out_blocks() * oh * ow * BLOCK);
-    let length = run_length(g.i);
-    assert_eq!(
-        panels.len(),
-        g.out_blocks() * BLOCK * g.in_blocks() * g.taps() * length
-    );
+    let outputs = Outputs {
+        y: Shared::new(y),
+        plane: oh * ow * BLOCK,
+        first: 0,
+        row: ow * BLOCK,
+        pixel: BLOCK,
+        rows: oh,
+        pixels: ow,
+    };
+    if on_matrix_unit(isa, g) {
+        let border = [g.padding; 2];
+        let grid = Grid::new([g.n, g.in_blocks()], [g.h, g.w], border, border, g.stride);
+        let taps: Vec<_> = (0..g.taps())
+            .map(|tap| (tap / g.kernel[1], tap % g.kernel[1]))
+            .collect();
+        let product = cells::Product {
+            grid,
+            source: cells::Source::Maps(cells::Maps { x, load }),
+            taps: &taps,
+            weight,
+            blocks: g.out_blocks(),
+            outputs,
+        };
+        product.run(isa);
+        return;
+    }
+    let panel = panel(g.weight(), Columns::Outputs, g.taps());
+    assert_eq!(weight.len(), panel.size());
     if let (Some(load), [1, 1], 0) = (load, g.kernel, g.padding) {
         let tasks = (oh * ow).div_ceil(LOADED_PIXELS);
-        let y = Shared::new(y);
         parallel(g.n * tasks, |task| {
             let (picture, first) = (task / tasks, task % tasks * LOADED_PIXELS);
             let last = (oh * ow).min(first + LOADED_PIXELS);
@@ -294,8 +332,9 @@ pub(crate) fn forward(
                 geometry: g,
                 x,
                 load,
-                panels,
-                y,
+                panel,
+                weight,
+                y: outputs.y,
                 picture,
                 pixels: first..last,
             });
@@ -304,7 +343,7 @@ pub(crate) fn forward(
     }
     let source = source(isa, x, load, [g.h, g.w], [g.padding; 2], [g.padding; 2]);
     let taps: Vec<_> = (0..g.taps())
-        .map(|tap| (tap, (tap / g.kernel[1] * source.w + tap % g.kernel[1]) * BLOCK))
+        .map(|tap| (tap / g.kernel[1] * source.w + tap % g.kernel[1]) * BLOCK)
         .collect();
     let product = Product {
         source: source.values(),
@@ -312,18 +351,10 @@ pub(crate) fn forward(
         source_plane: source.plane(),
         source_row: g.stride * source.w * BLOCK,
         source_pixel: g.stride * BLOCK,
-        panels,
-        length,
+        panel,
+        weight,
         taps: &taps,
-        num_taps: g.taps(),
-        y: Shared::new(y),
-        blocks: g.out_blocks(),
-        plane: oh * ow * BLOCK,
-        first: 0,
-        row: ow * BLOCK,
-        pixel: BLOCK,
-        rows: oh,
-        pixels: ow,
+        outputs,
     };
     product.run(isa, g.n);
 }
@@ -336,7 +367,8 @@ struct LoadedPixels<'a> {
     geometry: Geometry,
     x: &'a [f32],
     load: Load<'a>,
-    panels: &'a [f32],
+    panel: Panel,
+    weight: &'a [f32],
     y: Shared,
     picture: usize,
     pixels: std::ops::Range<usize>,
@@ -351,7 +383,8 @@ impl Kernel for LoadedPixels<'_> {
             geometry: g,
             x,
             load,
-            panels,
+            panel,
+            weight,
             y,
             picture,
             pixels,
@@ -372,31 +405,14 @@ impl Kernel for LoadedPixels<'_> {
                         .store(to.wrapping_add(place * BLOCK));
                 }
             }
-            let (rows, length) = (Row::spaced(count, BLOCK, BLOCK), run_length(g.i));
-            for group in 0..g.out_blocks().div_ceil(L::TILE_BLOCKS) {
-                let blocks = L::TILE_BLOCKS.min(g.out_blocks() - group * L::TILE_BLOCKS);
-                let width = blocks * BLOCK;
-                let offsets: Vec<_> = (0..g.in_blocks())
-                    .map(|block| (block * count * BLOCK, block * length * width))
-                    .collect();
-                let runs = Runs {
-                    offsets: &offsets,
-                    length,
-                };
-                let strides = Strides {
-                    a_inner: 1,
-                    b_inner: width,
-                    b_block: BLOCK,
-                    c_block: to,
-                    // Small, and in the cache since the task before.
-                    b_follows: false,
-                };
-                let first_column = group * L::TILE_BLOCKS * BLOCK;
-                let b = panels
-                    .as_ptr()
-                    .wrapping_add(first_column * g.in_blocks() * length);
-                let c = y.at((picture * g.out_blocks() + group * L::TILE_BLOCKS) * to + pixels.start * BLOCK);
-                multiply::<L>(&rows, blocks, runs, strides, read.as_ptr(), b, c, false);
+            let rows = Row::spaced(count, BLOCK, BLOCK);
+            let runs = panel.runs((0..g.in_blocks()).map(|block| block * count * BLOCK));
+            for first in (0..panel.blocks).step_by(L::TILE_BLOCKS) {
+                let blocks = L::TILE_BLOCKS.min(panel.blocks - first);
+                let c = y.at((picture * panel.blocks + first) * to + pixels.start * BLOCK);
+                let (a, weight) = (read.as_ptr(), weight.as_ptr());
+                // The weight is small, and in the cache since the task before: nothing is to be asked for.
+                multiply_panel::<L>(&rows, &runs, a, panel, weight, first, blocks, c, to, false);
             }
         }
     }
@@ -433,30 +449,31 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
         (before as usize, after as usize)
     };
     let ((top, bottom), (left, right)) = (borders(kh, g.h, oh), borders(kw, g.w, ow));
-    let source = source(isa, dy, None, [oh, ow], [top, left], [bottom, right]);
-    let panels = pack(isa, weight, g.weight(), Columns::Inputs);
+    let grid = Grid::new([g.n, g.out_blocks()], [oh, ow], [top, left], [bottom, right], 1);
+    let cells = cells::suits(isa, g.o, g.i, g.taps(), 1).then(|| grid.split(isa, dy));
+    let source = if cells.is_some() {
+        // Only phases without taps are left, which read nothing.
+        Source {
+            x: dy,
+            copy: None,
+            h: oh,
+            w: ow,
+        }
+    } else {
+        source(isa, dy, None, [oh, ow], [top, left], [bottom, right])
+    };
     let dx = Shared::new(dx);
     for phase_y in 0..s.min(g.h) {
         for phase_x in 0..s.min(g.w) {
-            let taps: Vec<_> = distances(kh, phase_y)
+            let (taps, places): (Vec<_>, Vec<_>) = distances(kh, phase_y)
                 .flat_map(|y| distances(kw, phase_x).map(move |x| (y, x)))
                 .map(|((ky, dy), (kx, dx))| {
                     let (row, column) = ((top as isize + dy) as usize, (left as isize + dx) as usize);
-                    (ky * kw + kx, (row * source.w + column) * BLOCK)
+                    (ky * kw + kx, (row, column))
                 })
-                .collect();
-            let product = Product {
-                source: source.values(),
-                source_blocks: g.out_blocks(),
-                source_plane: source.plane(),
-                source_row: source.w * BLOCK,
-                source_pixel: BLOCK,
-                panels: &panels,
-                length: run_length(g.o),
-                taps: &taps,
-                num_taps: g.taps(),
+                .unzip();
+            let outputs = Outputs {
                 y: dx,
-                blocks: g.in_blocks(),
                 plane: g.h * g.w * BLOCK,
                 first: (phase_y * g.w + phase_x) * BLOCK,
                 row: s * g.w * BLOCK,
@@ -464,9 +481,50 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
                 rows: (g.h - phase_y).div_ceil(s),
                 pixels: (g.w - phase_x).div_ceil(s),
             };
+            if let (Some(cells), false) = (&cells, taps.is_empty()) {
+                let product = cells::Product {
+                    grid,
+                    source: cells::Source::Cells(cells),
+                    taps: &places,
+                    weight: &cells::pack(isa, weight, g.weight(), Columns::Inputs, &taps),
+                    blocks: g.in_blocks(),
+                    outputs,
+                };
+                product.run(isa);
+                continue;
+            }
+            let places: Vec<_> = places
+                .iter()
+                .map(|(row, column)| (row * source.w + column) * BLOCK)
+                .collect();
+            let product = Product {
+                source: source.values(),
+                source_blocks: g.out_blocks(),
+                source_plane: source.plane(),
+                source_row: source.w * BLOCK,
+                source_pixel: BLOCK,
+                panel: panel(g.weight(), Columns::Inputs, taps.len()),
+                weight: &pack(isa, weight, g.weight(), Columns::Inputs, &taps),
+                taps: &places,
+                outputs,
+            };
             product.run(isa, g.n);
         }
     }
+}
+
+/// The output pixels of a product: all of a map, or those of a phase.
+#[derive(Clone, Copy)]
+pub(super) struct Outputs {
+    /// The map.
+    pub(super) y: Shared,
+    pub(super) plane: usize,
+    /// Offset of the first pixel in a plane, and distances between rows and pixels.
+    pub(super) first: usize,
+    pub(super) row: usize,
+    pub(super) pixel: usize,
+    pub(super) rows: usize,
+    pub(super) pixels: usize,
 }
 
 /// An implicit product over padded planes: for each output pixel, the sum over taps and source channels.
@@ -478,46 +536,38 @@ struct Product<'a> {
     source_plane: usize,
     source_row: usize,
     source_pixel: usize,
-    panels: &'a [f32],
-    /// Source channels of one run.
-    length: usize,
-    /// Index into the panels and offset into a source plane of each tap that takes part.
-    taps: &'a [(usize, usize)],
-    num_taps: usize,
-    y: Shared,
-    blocks: usize,
-    plane: usize,
-    /// Offset of the first pixel in a plane, and distances between rows and pixels.
-    first: usize,
-    row: usize,
-    pixel: usize,
-    rows: usize,
-    pixels: usize,
+    panel: Panel,
+    weight: &'a [f32],
+    /// Offset into a source plane of each tap that takes part.
+    taps: &'a [usize],
+    outputs: Outputs,
 }
 
 impl Product<'_> {
     fn run(self, isa: Isa, n: usize) {
-        let group_blocks = isa.tile_blocks();
-        let groups = self.blocks.div_ceil(group_blocks);
-        let task_rows = rows_per_task(self.rows, n * groups);
-        let row_tasks = self.rows.div_ceil(task_rows);
+        let group_blocks = isa.group_blocks();
+        let groups = self.panel.blocks.div_ceil(group_blocks);
+        let Outputs { rows, pixels, .. } = self.outputs;
+        let task_rows = rows_per_task(rows, n * groups);
+        let row_tasks = rows.div_ceil(task_rows);
         // A long row, as of a flattened 1×1 convolution, is divided too.
-        let task_pixels = if self.rows == 1 {
-            rows_per_task(self.pixels, n * groups).max(24)
+        let task_pixels = if rows == 1 {
+            rows_per_task(pixels, n * groups).max(24)
         } else {
-            self.pixels
+            pixels
         };
-        let pixel_tasks = self.pixels.div_ceil(task_pixels);
+        let pixel_tasks = pixels.div_ceil(task_pixels);
         parallel(n * groups * row_tasks * pixel_tasks, |task| {
             let (task, pixel_task) = (task / pixel_tasks, task % pixel_tasks);
             let (task, row_task) = (task / row_tasks, task % row_tasks);
             let (picture, group) = (task / groups, task % groups);
-            let rows = row_task * task_rows..self.rows.min((row_task + 1) * task_rows);
-            let pixels = pixel_task * task_pixels..self.pixels.min((pixel_task + 1) * task_pixels);
+            let rows = row_task * task_rows..rows.min((row_task + 1) * task_rows);
+            let pixels = pixel_task * task_pixels..pixels.min((pixel_task + 1) * task_pixels);
+            let first = group * group_blocks;
             isa.run(ProductTask {
                 product: self,
                 picture,
-                group,
+                blocks: first..self.panel.blocks.min(first + group_blocks),
                 rows,
                 pixels,
             });
@@ -528,7 +578,7 @@ impl Product<'_> {
 struct ProductTask<'a> {
     product: Product<'a>,
     picture: usize,
-    group: usize,
+    blocks: std::ops::Range<usize>,
     rows: std::ops::Range<usize>,
     pixels: std::ops::Range<usize>,
 }
@@ -541,40 +591,21 @@ impl Kernel for ProductTask<'_> {
         let Self {
             product: p,
             picture,
-            group,
+            blocks,
             rows,
             pixels,
         } = self;
-        let blocks = L::TILE_BLOCKS.min(p.blocks - group * L::TILE_BLOCKS);
-        let (width, length) = (blocks * BLOCK, p.length);
-        let offsets: Vec<_> = (0..p.source_blocks)
-            .flat_map(|block| p.taps.iter().map(move |tap| (block, *tap)))
-            .map(|(block, (tap, offset))| {
-                (
-                    block * p.source_plane + offset,
-                    (block * p.num_taps + tap) * length * width,
-                )
-            })
-            .collect();
-        let runs = Runs {
-            offsets: &offsets,
-            length,
-        };
-        let strides = Strides {
-            a_inner: 1,
-            b_inner: width,
-            b_block: BLOCK,
-            c_block: p.plane,
-            b_follows: p.taps.len() == p.num_taps,
-        };
+        let (first, outputs) = (blocks.start, p.outputs);
+        let places =
+            (0..p.source_blocks).flat_map(|block| p.taps.iter().map(move |tap| block * p.source_plane + tap));
+        let runs = p.panel.runs(places);
         let pixels: Vec<_> = rows
             .flat_map(|row| pixels.clone().map(move |pixel| (row, pixel)))
             .map(|(row, pixel)| Row {
                 a: row * p.source_row + pixel * p.source_pixel,
-                c: row * p.row + pixel * p.pixel,
+                c: row * outputs.row + pixel * outputs.pixel,
             })
             .collect();
-        let group_start = group * L::TILE_BLOCKS * BLOCK * p.source_blocks * p.num_taps * length;
         // SAFETY: the caller promises the instructions. The source is padded so that every tap of every output pixel
         // lies inside it; tasks write disjoint pixels and channels of `y`.
         unsafe {
@@ -582,11 +613,22 @@ impl Kernel for ProductTask<'_> {
                 .source
                 .as_ptr()
                 .wrapping_add(picture * p.source_blocks * p.source_plane);
-            let b = p.panels.as_ptr().wrapping_add(group_start);
-            let first_plane = (picture * p.blocks + group * L::TILE_BLOCKS) * p.plane;
-            let c = p.y.at(first_plane + p.first);
-            for pixels in pixels.chunks(MAX_ROWS) {
-                multiply::<L>(pixels, blocks, runs, strides, a, b, c, false);
+            let first_plane = (picture * p.panel.blocks + first) * outputs.plane;
+            let c = outputs.y.at(first_plane + outputs.first);
+            let weight = p.weight.as_ptr();
+            for rows in pixels.chunks(MAX_ROWS) {
+                multiply_panel::<L>(
+                    rows,
+                    &runs,
+                    a,
+                    p.panel,
+                    weight,
+                    first,
+                    blocks.len(),
+                    c,
+                    outputs.plane,
+                    true,
+                );
             }
         }
     }
@@ -601,8 +643,13 @@ const MAX_PARTS: usize = 16;
 const MIN_PART_PIXELS: usize = 512;
 /// Floats that the sums of all parts may take.
 const MAX_SUM_FLOATS: usize = 16 << 20;
+/// Pairs of an input and an output channel for which the matrix unit makes weight gradients: with fewer, packing costs
+/// more than it saves.
+const MIN_UNIT_PAIRS: usize = 256 * 256;
 /// Pixels of the inner dimension for each time a sum is loaded and stored.
 const CHUNK_PIXELS: usize = 128;
+/// The same on the matrix unit.
+const UNIT_CHUNK_PIXELS: usize = 512;
 
 /// The gradient of the weight, `dw` `[O, I, kh, kw]`, from the input and the gradient of the output.
 pub(crate) fn weight_gradient(
@@ -631,17 +678,25 @@ pub(crate) fn weight_gradient(
     let worthwhile = (g.n * oh * ow / MIN_PART_PIXELS).min((MAX_SUM_FLOATS / size).min(MAX_PARTS));
     let parts = worthwhile.clamp(1, g.n);
     let part_pictures = g.n.div_ceil(parts);
-    // A small map has few parts but wide weights: then every tap is a task.
-    let tap_tasks = if oh * ow <= CHUNK_PIXELS { g.taps() } else { 1 };
+    let matrices = isa.matrices() && g.i * g.o >= MIN_UNIT_PAIRS;
+    // A small map has few parts but wide weights: then every tap is a task. So it is on the matrix unit, where sums that
+    // do not stay in the cache would be most of the work.
+    let tap_tasks = if oh * ow <= CHUNK_PIXELS || matrices {
+        g.taps()
+    } else {
+        1
+    };
     let mut sums = Buffer::take(parts * size);
     let shared = Shared::new(&mut sums);
-    let groups = g.out_blocks().div_ceil(isa.tile_blocks());
+    let groups = g.out_blocks().div_ceil(isa.group_blocks());
     let (source_plane, source_w) = (source.plane(), source.w);
     parallel(parts * groups * tap_tasks, |task| {
         let (task, tap_task) = (task / tap_tasks, task % tap_tasks);
         let (part, group) = (task / groups, task % groups);
         let tap_length = g.taps() / tap_tasks;
         isa.run(WeightGradientTask {
+            group_blocks: isa.group_blocks(),
+            matrices,
             geometry: g,
             source: source.values(),
             source_plane,
@@ -717,6 +772,8 @@ impl Kernel for SumParts<'_> {
 }
 
 struct WeightGradientTask<'a> {
+    group_blocks: usize,
+    matrices: bool,
     geometry: Geometry,
     source: &'a [f32],
     source_plane: usize,
@@ -736,6 +793,8 @@ impl Kernel for WeightGradientTask<'_> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
+            group_blocks,
+            matrices,
             geometry: g,
             source,
             source_plane,
@@ -750,13 +809,15 @@ impl Kernel for WeightGradientTask<'_> {
         } = self;
         let [oh, ow] = g.outputs();
         let columns = g.out_blocks() * BLOCK;
-        let blocks = L::TILE_BLOCKS.min(g.out_blocks() - group * L::TILE_BLOCKS);
+        let first_block = group * group_blocks;
+        let blocks = group_blocks.min(g.out_blocks() - first_block);
         let plane = oh * ow * BLOCK;
         let strides = Strides {
             a_inner: g.stride * BLOCK,
             b_inner: BLOCK,
             b_block: plane,
             c_block: BLOCK,
+            matrices,
             b_follows: false,
         };
         let rows: Vec<_> = (taps.start * inputs..taps.end * inputs)
@@ -769,23 +830,23 @@ impl Kernel for WeightGradientTask<'_> {
                 }
             })
             .collect();
-        let first_column = group * L::TILE_BLOCKS * BLOCK;
         // SAFETY: the caller promises the instructions. Every tap of every output pixel lies inside the padded
         // source; this task alone writes its columns of its part's sums.
         unsafe {
-            let sums = sums.at(start + first_column);
+            let sums = sums.at(start + first_block * BLOCK);
             for row in &rows {
                 for block in 0..blocks {
                     L::zero().store(sums.wrapping_add(row.c + block * BLOCK));
                 }
             }
             // A chunk is some whole pictures, some whole rows of one, or a piece of a row.
-            let chunk_pictures = (CHUNK_PIXELS / (oh * ow)).max(1);
-            let chunk_rows = (CHUNK_PIXELS / ow).clamp(1, oh);
+            let chunk = if matrices { UNIT_CHUNK_PIXELS } else { CHUNK_PIXELS };
+            let chunk_pictures = (chunk / (oh * ow)).max(1);
+            let chunk_rows = (chunk / ow).clamp(1, oh);
             let chunk_pixels = ow.min(4 * CHUNK_PIXELS);
             let (picture_x, picture_dy) = (g.in_blocks() * source_plane, g.out_blocks() * plane);
             let (source, dy) = (source.as_ptr(), dy.as_ptr());
-            let dy = dy.wrapping_add(group * L::TILE_BLOCKS * plane);
+            let dy = dy.wrapping_add(first_block * plane);
             let mut offsets = Vec::with_capacity(chunk_pictures * chunk_rows);
             for first in pictures.clone().step_by(chunk_pictures) {
                 for row in (0..oh).step_by(chunk_rows) {
@@ -833,6 +894,10 @@ mod tests {
                 (2, 20, 3, 4, 4, [1, 1], 1, 0),
                 (1, 16, 16, 2, 2, [1, 1], 3, 0),
                 (1, 1, 1, 1, 1, [3, 3], 2, 1),
+                (2, 40, 72, 41, 37, [3, 3], 2, 1),
+                (5, 33, 64, 11, 10, [3, 3], 1, 1),
+                (1, 48, 300, 9, 9, [5, 3], 3, 2),
+                (1, 256, 272, 5, 6, [3, 3], 2, 1),
             ] {
                 let g = Geometry {
                     n,

@@ -5,6 +5,9 @@ use std::sync::OnceLock;
 /// An instruction set that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Isa {
+    /// AVX-512F, and products on the matrix unit AMX.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
     /// AVX-512F: one register holds sixteen floats.
     #[cfg(target_arch = "x86_64")]
     Avx512,
@@ -55,6 +58,8 @@ impl Isa {
     pub(crate) fn name(self) -> &'static str {
         match self {
             #[cfg(target_arch = "x86_64")]
+            Self::Amx => "amx",
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => "avx2",
@@ -65,6 +70,10 @@ impl Isa {
     /// Every instruction set of this processor, best first.
     pub(crate) fn available() -> Vec<Self> {
         let mut sets = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        if super::amx::available() {
+            sets.push(Self::Amx);
+        }
         #[cfg(target_arch = "x86_64")]
         {
             if is_x86_feature_detected!("avx512f") {
@@ -78,15 +87,26 @@ impl Isa {
         sets
     }
 
-    /// Blocks of sixteen output channels that a register tile spans: [`Lanes::TILE_BLOCKS`] of the set's lanes.
-    pub(crate) fn tile_blocks(self) -> usize {
+    /// Blocks of sixteen columns that should be one product: a register tile's, or more where the left operand is packed
+    /// for each product.
+    pub(crate) fn group_blocks(self) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => <x86::Avx512 as Lanes>::TILE_BLOCKS,
+            Self::Amx => 16,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => <x86::Avx2 as Lanes>::TILE_BLOCKS,
-            Self::Portable => <Portable as Lanes>::TILE_BLOCKS,
+            Self::Avx512 => Avx512::TILE_BLOCKS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => x86::Avx2::TILE_BLOCKS,
+            Self::Portable => Portable::TILE_BLOCKS,
         }
+    }
+
+    /// Whether products of matrices go to a unit of their own.
+    pub(crate) fn matrices(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self == Self::Amx;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
     }
 
     /// Runs a kernel compiled for this instruction set.
@@ -94,7 +114,7 @@ impl Isa {
         match self {
             // SAFETY: values of `Isa` other than `Portable` come from `available`, which asks the processor.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => unsafe { x86::run_avx512(kernel) },
+            Self::Amx | Self::Avx512 => unsafe { x86::run_avx512(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => unsafe { x86::run_avx2(kernel) },
@@ -269,6 +289,9 @@ impl Lanes for Portable {
 }
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) use x86::Avx512;
+
+#[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
 
@@ -291,7 +314,7 @@ mod x86 {
     }
 
     #[derive(Clone, Copy)]
-    pub(super) struct Avx512(__m512);
+    pub(crate) struct Avx512(pub(crate) __m512);
 
     #[derive(Clone, Copy)]
     pub(super) struct Avx2(__m256, __m256);

@@ -96,7 +96,7 @@ mod tests {
 
     #[test]
     fn kernels_read_what_a_pass_of_its_own_would_write() {
-        let (n, c, h, w) = (3, 32, 13, 11);
+        let (n, c, h, w) = (3, 64, 13, 11);
         let x = normal(n * c * h * w, 1);
         let rows = normal(n * c, 2);
         let load = Load {

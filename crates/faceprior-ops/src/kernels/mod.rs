@@ -1,11 +1,18 @@
 //! CPU kernels on plain slices; nothing here knows Burn.
 //!
 //! Activations are in the blocked layout `[N, C/16, H, W, 16]`. Each kernel is written once over [`lanes::Lanes`], sixteen
-//! floats, and compiled for AVX-512, for AVX2 with FMA and for any other processor; [`Isa`] picks one at run time.
+//! floats, and compiled for AVX-512, for AVX2 with FMA and for any other processor; [`Isa`] picks one at run time. Where
+//! there is a matrix unit besides ([`amx`]), some products go to it.
 //!
 //! Work is split between rayon's threads so that no sum depends on how many there are: each output is computed by one
 //! task in a fixed order, and sums over pictures are added up from partial sums whose bounds depend on shapes only.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "no_amx.rs"]
+mod amx;
+mod cells;
 pub(crate) mod dense;
 pub(crate) mod depthwise;
 pub(crate) mod direct;
@@ -13,6 +20,7 @@ pub(crate) mod half;
 pub(crate) mod lanes;
 pub(crate) mod layout;
 pub(crate) mod load;
+pub(crate) mod panel;
 pub(crate) mod pointwise;
 pub(crate) mod resample;
 pub(crate) mod small;

@@ -51,10 +51,7 @@ impl Packed {
         let mut panels = Buffer::zeroed(blocks * BLOCK * inner);
         for (index, value) in weight.iter().enumerate() {
             let (output, input, tap) = (index / inner, index / (kh * kw) % inputs, index % (kh * kw));
-            let group = output / (isa.tile_blocks() * BLOCK);
-            let first = group * isa.tile_blocks();
-            let width = isa.tile_blocks().min(blocks - first) * BLOCK;
-            let at = first * BLOCK * inner + (tap * inputs + input) * width + output - first * BLOCK;
+            let at = (tap * inputs + input) * blocks * BLOCK + output;
             panels[at] = *value;
         }
         let padded = |values: &[f32], rest: f32| {
@@ -188,36 +185,29 @@ impl Kernel for Convolve<'_> {
             length,
             y,
         } = self;
-        let inner = runs.len() * length;
-        let mut offsets = runs.to_vec();
-        for first in (0..packed.blocks()).step_by(L::TILE_BLOCKS) {
-            let blocks = L::TILE_BLOCKS.min(packed.blocks() - first);
-            let width = blocks * BLOCK;
-            for (offset, run) in offsets.iter_mut().zip(runs) {
-                offset.1 = run.1 * width;
-            }
-            let runs = Runs {
-                offsets: &offsets,
-                length,
-            };
-            let strides = Strides {
-                a_inner: 1,
-                b_inner: width,
-                b_block: BLOCK,
-                c_block: BLOCK,
-                b_follows: false,
-            };
-            let column = first * BLOCK;
-            let ends = BiasAndPrelu {
-                bias: packed.bias[column..column + width].as_ptr(),
-                slope: packed.slope[column..column + width].as_ptr(),
-            };
-            let b = packed.panels[column * inner..][..width * inner].as_ptr();
-            // SAFETY: the caller promises the instructions; `convolve` made rows and runs for maps of the sizes that it
-            // checked.
-            unsafe {
-                multiply_between::<L>(rows, blocks, runs, strides, x.as_ptr(), b, y.at(column), ends);
-            }
+        let width = packed.blocks() * BLOCK;
+        let offsets: Vec<_> = runs.iter().map(|run| (run.0, run.1 * width)).collect();
+        let runs = Runs {
+            offsets: &offsets,
+            length,
+        };
+        let strides = Strides {
+            a_inner: 1,
+            b_inner: width,
+            b_block: BLOCK,
+            c_block: BLOCK,
+            matrices: false,
+            b_follows: false,
+        };
+        let ends = BiasAndPrelu {
+            bias: packed.bias.as_ptr(),
+            slope: packed.slope.as_ptr(),
+        };
+        let (x, panels) = (x.as_ptr(), packed.panels.as_ptr());
+        // SAFETY: the caller promises the instructions; `convolve` made rows and runs for maps of the sizes that it
+        // checked.
+        unsafe {
+            multiply_between::<L>(rows, packed.blocks(), runs, strides, x, panels, y.at(0), ends);
         }
     }
 }

@@ -1,6 +1,9 @@
 //! The register tile: the one matrix product that all convolutions are made of.
 
+use super::BLOCK;
+use super::amx;
 use super::lanes::Lanes;
+use super::panel::Panel;
 
 /// Rows of a register tile of several blocks: with four, 24 of AVX-512's 32 registers accumulate. A tile of one block has
 /// [`Lanes::TILE_ROWS`].
@@ -21,8 +24,10 @@ pub(crate) struct Strides {
     pub(crate) b_block: usize,
     /// Between blocks of sixteen columns of C.
     pub(crate) c_block: usize,
-    /// Whether what is multiplied next lies in memory behind each part of B: then it is asked for while that part is at
-    /// work.
+    /// Whether the product may be for the processor's matrix unit.
+    pub(crate) matrices: bool,
+    /// Whether what is multiplied next lies in memory behind each part of a block of B: then it is asked for while that
+    /// part is at work.
     pub(crate) b_follows: bool,
 }
 
@@ -72,8 +77,8 @@ pub(crate) trait Ends<L: Lanes>: Copy {
 
 /// C = A·B, or C += A·B.
 #[derive(Clone, Copy)]
-struct Plain {
-    accumulate: bool,
+pub(crate) struct Plain {
+    pub(crate) accumulate: bool,
 }
 
 impl<L: Lanes> Ends<L> for Plain {
@@ -89,13 +94,13 @@ impl<L: Lanes> Ends<L> for Plain {
     }
 }
 
-/// C = A·B, or C += A·B, for all `rows` and `blocks`·16 columns.
+/// C = A·B, or C += A·B, for all `rows` and `blocks`·16 columns, on the processor's matrix unit where that suits.
 ///
-/// Each element of C is one chain of fused multiply-adds in the order of the inner dimension, however the rows are
-/// grouped, so results do not depend on the split of rows between tasks.
+/// Each element of C is one chain of sums in the order of the inner dimension, however the rows are grouped, so results
+/// do not depend on the split of rows between tasks.
 ///
 /// # Safety
-/// The processor has the instructions of `L`; `blocks ≤ L::TILE_BLOCKS`; rows, runs and strides stay inside the
+/// The processor has the instructions of `L`; rows, runs and strides stay inside the
 /// operands, and C overlaps neither A nor B.
 #[inline(always)]
 pub(crate) unsafe fn multiply<L: Lanes>(
@@ -108,16 +113,106 @@ pub(crate) unsafe fn multiply<L: Lanes>(
     c: *mut f32,
     accumulate: bool,
 ) {
+    if strides.matrices && amx::suits(rows, blocks, runs, strides.a_inner) {
+        // SAFETY: the caller's promise.
+        unsafe { amx::multiply(rows, blocks, runs, strides, a, b, c, accumulate) };
+        return;
+    }
     // SAFETY: the caller's promise.
     unsafe { multiply_between::<L>(rows, blocks, runs, strides, a, b, c, Plain { accumulate }) }
 }
 
-/// [`multiply`] with sums that start and end as `ends` says.
+/// C = A·B for all `rows` and `blocks`·16 columns of a panel, from `first_block` on; `runs` are the panel's.
+///
+/// # Safety
+/// As for [`multiply`]; `panel` is of the shape.
+#[inline(always)]
+pub(crate) unsafe fn multiply_panel<L: Lanes>(
+    rows: &[Row],
+    runs: &[(usize, usize)],
+    a: *const f32,
+    shape: Panel,
+    panel: *const f32,
+    first_block: usize,
+    blocks: usize,
+    c: *mut f32,
+    c_block: usize,
+    follows: bool,
+) {
+    let runs = Runs {
+        offsets: runs,
+        length: shape.length,
+    };
+    let strides = Strides {
+        a_inner: 1,
+        b_inner: BLOCK,
+        b_block: shape.block(),
+        c_block,
+        matrices: false,
+        b_follows: follows,
+    };
+    let b = panel.wrapping_add(shape.start(first_block));
+    // SAFETY: the caller's promise.
+    unsafe {
+        multiply_between::<L>(rows, blocks, runs, strides, a, b, c, Plain { accumulate: false });
+    }
+}
+
+/// The product by register tiles, of sums that start and end as `ends` says.
+///
+/// Each element of C is one chain of fused multiply-adds.
 ///
 /// # Safety
 /// As for [`multiply`].
 #[inline(always)]
 pub(crate) unsafe fn multiply_between<L: Lanes>(
+    rows: &[Row],
+    blocks: usize,
+    runs: Runs,
+    strides: Strides,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    ends: impl Ends<L>,
+) {
+    for first in (0..blocks).step_by(L::TILE_BLOCKS) {
+        let blocks = L::TILE_BLOCKS.min(blocks - first);
+        let (b, c) = (
+            b.wrapping_add(first * strides.b_block),
+            c.wrapping_add(first * strides.c_block),
+        );
+        // SAFETY: some of the columns that the caller promises.
+        unsafe { multiply_blocks::<L>(rows, blocks, runs, strides, a, b, c, From { first, ends }) }
+    }
+}
+
+/// Ends of the columns from a block on.
+#[derive(Clone, Copy)]
+struct From<E> {
+    first: usize,
+    ends: E,
+}
+
+impl<L: Lanes, E: Ends<L>> Ends<L> for From<E> {
+    #[inline(always)]
+    unsafe fn start(self, block: usize, c: *const f32) -> L {
+        // SAFETY: the caller's promise.
+        unsafe { self.ends.start(self.first + block, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn finish(self, block: usize, sums: L) -> L {
+        // SAFETY: the caller's promise.
+        unsafe { self.ends.finish(self.first + block, sums) }
+    }
+}
+
+/// [`multiply_between`] for the columns of a register tile.
+///
+/// # Safety
+/// As for [`multiply`], and `blocks ≤ L::TILE_BLOCKS`.
+#[inline(always)]
+unsafe fn multiply_blocks<L: Lanes>(
     rows: &[Row],
     blocks: usize,
     runs: Runs,
@@ -168,7 +263,7 @@ pub(crate) unsafe fn multiply_between<L: Lanes>(
 /// Groups of rows at least for which a part of B is used before the next part is asked for ahead of time.
 const AHEAD_GROUPS: usize = 4;
 
-/// [`multiply_between`] for as much of the inner dimension as the cache holds: whether it is the first such part and
+/// [`multiply_blocks`] for as much of the inner dimension as the cache holds: whether it is the first such part and
 /// whether the last.
 ///
 /// # Safety
@@ -188,9 +283,9 @@ unsafe fn multiply_part<L: Lanes>(
     // Groups of nearly equal height: 7 rows are 4 + 3, not 6 + 1.
     let tallest = if blocks == 1 { L::TILE_ROWS } else { WIDE_ROWS };
     let groups = rows.len().div_ceil(tallest);
-    // Cache lines of the next part for each group of rows to ask for.
+    // Cache lines of each block of the next part for each group of rows to ask for.
     let lines = if strides.b_follows && groups >= AHEAD_GROUPS {
-        (runs.offsets.len() * runs.length * blocks).div_ceil(groups)
+        (runs.offsets.len() * runs.length).div_ceil(groups)
     } else {
         0
     };
@@ -199,9 +294,11 @@ unsafe fn multiply_part<L: Lanes>(
     let mut row = 0;
     for group in 0..groups {
         for _ in 0..lines {
-            // SAFETY: the caller promises the instructions.
-            unsafe { L::prefetch(next) };
-            next = next.wrapping_add(16);
+            for block in 0..blocks {
+                // SAFETY: the caller promises the instructions.
+                unsafe { L::prefetch(next.wrapping_add(block * strides.b_block)) };
+            }
+            next = next.wrapping_add(BLOCK);
         }
         let height = (rows.len() - row).div_ceil(groups - group);
         let rows = &rows[row..row + height];

@@ -6,10 +6,12 @@
 )]
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use super::super::lanes::{Isa, Kernel, Lanes};
 use super::super::load::Load;
-use super::super::tile::{Row, Runs, Strides, multiply};
+use super::super::panel::Panel;
+use super::super::tile::{Row, multiply_panel};
 use super::super::weights::{Columns, WeightShape, WeightTile};
 use super::super::{Shared, parallel};
 use super::matrices::{Four, Matrices, Two};
@@ -81,70 +83,74 @@ fn convolve<M: Matrices<T, E>, const T: usize, const E: usize>(
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
     assert_eq!(x.len(), shape.n * in_blocks * shape.plane());
     assert_eq!(y.len(), shape.n * out_blocks * shape.plane());
-    assert_eq!(weight.len(), prepared_length(isa, E * E, shape.i, shape.o));
-    let groups = out_blocks.div_ceil(isa.tile_blocks());
+    let panel = panel(shape.i, shape.o);
+    assert_eq!(weight.len(), E * E * (panel.size() + BLOCK));
 
     let (threads, tiles) = (rayon::current_num_threads(), shape.tiles_of(T));
+    // Each thread reads its part of the weight, which is more than a chunk's inputs.
+    let shareable = out_blocks.div_ceil(SPLIT_BLOCKS);
     let chunks = match tiles.div_ceil(CHUNK_TILES) {
-        // Each thread reads its part of the weight, which is more than a chunk's inputs.
-        1 if groups >= threads => 1,
+        1 if shareable >= threads => 1,
         chunks => chunks.next_multiple_of(threads).min(tiles),
     };
     let chunk_tiles = tiles.div_ceil(chunks);
     let chunks = tiles.div_ceil(chunk_tiles);
     // Too few chunks for all threads: tasks share a chunk, each for some of the output channels.
-    let splits = (threads / chunks).clamp(1, groups);
-    let split_groups = groups.div_ceil(splits);
+    let splits = (threads / chunks).clamp(1, shareable);
+    let split_blocks = shareable.div_ceil(splits) * SPLIT_BLOCKS;
 
     let y = Shared::new(y);
     parallel(chunks * splits, |task| {
         let first_tile = task / splits * chunk_tiles;
-        let first_group = task % splits * split_groups;
+        let first_block = task % splits * split_blocks;
         isa.run(Chunk::<M, T, E> {
             matrices: PhantomData,
             shape,
             x,
             load,
+            panel,
+            point: panel.size() + BLOCK,
             weight,
             y,
             first_tile,
             tiles: chunk_tiles.min(tiles - first_tile),
-            first_group,
-            last_group: (first_group + split_groups).min(groups),
+            blocks: first_block..(first_block + split_blocks).min(out_blocks),
         });
     });
 }
+
+/// Tasks share output channels by so many blocks.
+const SPLIT_BLOCKS: usize = 4;
 
 /// Tiles of a chunk. Its transformed inputs should stay in the second-level cache, but the transformed weights, which
 /// stream past once per chunk, must be worth their way.
 const CHUNK_TILES: usize = 64;
 
-/// Floats of a transformed weight.
-fn prepared_length(isa: Isa, points: usize, inputs: usize, outputs: usize) -> usize {
-    let (in_blocks, out_blocks) = (inputs.div_ceil(BLOCK), outputs.div_ceil(BLOCK));
-    let groups = out_blocks.div_ceil(isa.tile_blocks());
-    points * (in_blocks * out_blocks * BLOCK * BLOCK + groups * BLOCK)
+/// The weight of one point: input channels by output channels.
+fn panel(inputs: usize, outputs: usize) -> Panel {
+    Panel {
+        runs: 1,
+        length: inputs.next_multiple_of(BLOCK),
+        blocks: outputs.div_ceil(BLOCK),
+    }
 }
 
-/// Where the points of a group of output blocks start in a transformed weight, for `inputs` channels in whole blocks.
-#[inline(always)]
-fn group_start<L: Lanes>(group: usize, points: usize, inputs: usize) -> usize {
-    group * points * (L::TILE_BLOCKS * BLOCK * inputs + BLOCK)
-}
-
-/// `G g Gᵀ` for all pairs of channels, as `[group of output blocks][points][I][blocks·16]`, a cache line more per
-/// point, lest the streams of a transform meet in one cache set.
+/// `G g Gᵀ` for all pairs of channels: a panel for each point, a cache line apart, lest the streams of a transform meet
+/// in one cache set.
 fn transform_weight<M: Matrices<T, E>, const T: usize, const E: usize>(isa: Isa, taps: Taps) -> Buffer {
     let (outputs, inputs) = taps.columns.sides(taps.shape);
     assert_eq!(taps.weight.len(), inputs * outputs * 9);
-    let (in_blocks, out_blocks) = (inputs.div_ceil(BLOCK), outputs.div_ceil(BLOCK));
-    let mut transformed = Buffer::take(prepared_length(isa, E * E, inputs, outputs));
+    let panel = panel(inputs, outputs);
+    let point = panel.size() + BLOCK;
+    let mut transformed = Buffer::take(E * E * point);
     let to = Shared::new(&mut transformed);
-    let groups = out_blocks.div_ceil(isa.tile_blocks());
-    parallel(groups * in_blocks, |task| {
-        isa.run(WeightBlock::<M, T, E> {
+    let in_blocks = panel.length / BLOCK;
+    parallel(panel.blocks.div_ceil(GROUP) * in_blocks, |task| {
+        isa.run(WeightBlocks::<M, T, E> {
             matrices: PhantomData,
             taps,
+            panel,
+            point,
             to,
             group: task / in_blocks,
             in_block: task % in_blocks,
@@ -153,16 +159,21 @@ fn transform_weight<M: Matrices<T, E>, const T: usize, const E: usize>(isa: Isa,
     transformed
 }
 
-/// The transformed taps of a group of output blocks and one input block.
-struct WeightBlock<'a, M, const T: usize, const E: usize> {
+/// Blocks of outputs whose taps are transformed at a time.
+const GROUP: usize = 4;
+
+/// The transformed taps of a group of blocks of outputs and one block of inputs.
+struct WeightBlocks<'a, M, const T: usize, const E: usize> {
     matrices: PhantomData<M>,
     taps: Taps<'a>,
+    panel: Panel,
+    point: usize,
     to: Shared,
     group: usize,
     in_block: usize,
 }
 
-impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for WeightBlock<'_, M, T, E> {
+impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for WeightBlocks<'_, M, T, E> {
     type Output = ();
 
     #[inline(always)]
@@ -173,24 +184,19 @@ impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for WeightBlock<'
                 shape,
                 columns,
             },
+            panel,
+            point,
             to,
             group,
             in_block,
             ..
         } = self;
-        let (outputs, inputs) = columns.sides(shape);
-        let (out_blocks, inputs) = (outputs.div_ceil(BLOCK), inputs.next_multiple_of(BLOCK));
-        let first_block = group * L::TILE_BLOCKS;
-        let blocks = L::TILE_BLOCKS.min(out_blocks - first_block);
-        let width = blocks * BLOCK;
-        let start = group_start::<L>(group, E * E, inputs) + in_block * BLOCK * width;
-        let point = inputs * width + BLOCK;
         let mut tile = WeightTile::new(shape);
-        for block in 0..blocks {
+        for block in group * GROUP..panel.blocks.min((group + 1) * GROUP) {
             // SAFETY: the caller promises the instructions.
-            unsafe { columns.read::<L>(&mut tile, weight, first_block + block, in_block) };
+            unsafe { columns.read::<L>(&mut tile, weight, block, in_block) };
             for lane in 0..BLOCK {
-                let to = to.at(start + lane * width + block * BLOCK);
+                let to = to.at(panel.start(block) + (in_block * BLOCK + lane) * BLOCK);
                 // SAFETY: the caller promises the instructions. This task alone writes the columns of its group in
                 // the rows of its input block, which lie inside the buffer by its size.
                 unsafe {
@@ -223,12 +229,13 @@ struct Chunk<'a, M, const T: usize, const E: usize> {
     shape: Shape,
     x: &'a [f32],
     load: Option<Load<'a>>,
+    panel: Panel,
+    point: usize,
     weight: &'a [f32],
     y: Shared,
     first_tile: usize,
     tiles: usize,
-    first_group: usize,
-    last_group: usize,
+    blocks: Range<usize>,
 }
 
 impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for Chunk<'_, M, T, E> {
@@ -240,26 +247,28 @@ impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for Chunk<'_, M, 
             shape,
             x,
             load,
+            panel,
+            point,
             weight,
             y,
             first_tile,
             tiles,
-            first_group,
-            last_group,
+            blocks: all_blocks,
             ..
         } = self;
         let points = E * E;
-        let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
-        let inputs = in_blocks * BLOCK;
-        let widest = L::TILE_BLOCKS.min(out_blocks) * BLOCK;
+        let (inputs, out_blocks) = (panel.length, panel.blocks);
+        let in_blocks = inputs / BLOCK;
+        let widest = L::TILE_BLOCKS.min(all_blocks.len()) * BLOCK;
         // A cache line more per point, as in the weight.
         let v_point = tiles * inputs + BLOCK;
         let m_point = tiles * widest + BLOCK;
         let mut v = Buffer::take(points * v_point);
         let mut m = Buffer::take(points * m_point);
         let (v, m) = (v.as_mut_ptr(), m.as_mut_ptr());
+        let runs = panel.runs([0]);
         // SAFETY: the caller promises the instructions. Scratch is sized above; `x` and `y` are sized by the caller
-        // as the shape says. This task alone writes the outputs of its tiles and groups.
+        // as the shape says. This task alone writes the outputs of its tiles and blocks.
         unsafe {
             for tile in 0..tiles {
                 let (n, top, left) = shape.tile_of(T, first_tile + tile);
@@ -269,45 +278,22 @@ impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for Chunk<'_, M, 
                     transform_input::<L, M, T, E>(x, load, shape, place, to, v_point);
                 }
             }
-            for group in first_group..last_group {
-                let blocks = L::TILE_BLOCKS.min(out_blocks - group * L::TILE_BLOCKS);
+            for first in all_blocks.clone().step_by(L::TILE_BLOCKS) {
+                let blocks = L::TILE_BLOCKS.min(all_blocks.end - first);
                 let width = blocks * BLOCK;
-                let weight = weight
-                    .as_ptr()
-                    .wrapping_add(group_start::<L>(group, points, inputs));
-                let strides = Strides {
-                    a_inner: 1,
-                    b_inner: width,
-                    b_block: BLOCK,
-                    c_block: BLOCK,
-                    b_follows: true,
-                };
                 let rows = Row::spaced(tiles, inputs, width);
-                let runs = Runs {
-                    offsets: &[(0, 0)],
-                    length: inputs,
-                };
-                for point in 0..points {
-                    let (a, b) = (
-                        v.wrapping_add(point * v_point),
-                        weight.wrapping_add(point * (inputs * width + BLOCK)),
+                for at in 0..points {
+                    let (a, weight) = (
+                        v.wrapping_add(at * v_point),
+                        weight.as_ptr().wrapping_add(at * point),
                     );
-                    multiply::<L>(
-                        &rows,
-                        blocks,
-                        runs,
-                        strides,
-                        a,
-                        b,
-                        m.wrapping_add(point * m_point),
-                        false,
-                    );
+                    let c = m.wrapping_add(at * m_point);
+                    multiply_panel::<L>(&rows, &runs, a, panel, weight, first, blocks, c, BLOCK, true);
                 }
                 for tile in 0..tiles {
                     let (n, top, left) = shape.tile_of(T, first_tile + tile);
                     for block in 0..blocks {
-                        let out_block = group * L::TILE_BLOCKS + block;
-                        let plane = y.at((n * out_blocks + out_block) * shape.plane());
+                        let plane = y.at((n * out_blocks + first + block) * shape.plane());
                         transform_output::<L, M, T, E>(
                             m.wrapping_add(tile * width + block * BLOCK),
                             m_point,

@@ -61,8 +61,7 @@ pub(crate) fn weight_gradient(
 
     let dw = Shared::new(dw);
     let sums = &sums;
-    let groups = out_blocks.div_ceil(isa.tile_blocks());
-    parallel(groups * in_blocks, |task| {
+    parallel(out_blocks.div_ceil(GROUP) * in_blocks, |task| {
         let (group, in_block) = (task / in_blocks, task % in_blocks);
         isa.run(GradientBlock {
             shape,
@@ -90,8 +89,7 @@ const MAX_PARTS: usize = 16;
 
 /// Transformed inputs and output gradients of some tiles, for a sum over tiles.
 ///
-/// Inputs are `[36][⌈I/16⌉][tiles][16]`, output gradients `[36][group][tiles][blocks·16]`: each matrix product walks
-/// through both in order.
+/// `[36][⌈C/16⌉][tiles][16]` each.
 struct GradientTiles {
     inputs: Buffer,
     outputs: Buffer,
@@ -120,6 +118,9 @@ impl GradientTiles {
 /// Where [`GradientTiles`] of `capacity` tiles lie.
 #[derive(Clone, Copy)]
 struct TilesView {
+    /// Blocks of outputs that are one product, and whether that may be for the matrix unit.
+    group_blocks: usize,
+    matrices: bool,
     inputs: Shared,
     outputs: Shared,
     input_point: usize,
@@ -154,12 +155,7 @@ unsafe fn transform_gradient_tiles<L: Lanes>(
                     .dy
                     .as_ptr()
                     .wrapping_add((n * out_blocks + block) * shape.plane());
-                let group = block / L::TILE_BLOCKS;
-                let width = L::TILE_BLOCKS.min(out_blocks - group * L::TILE_BLOCKS) * BLOCK;
-                let start = group * L::TILE_BLOCKS * BLOCK * view.capacity;
-                let to = view
-                    .outputs
-                    .at(start + place * width + block % L::TILE_BLOCKS * BLOCK);
+                let to = view.outputs.at((block * view.capacity + place) * BLOCK);
                 transform_output_gradient::<L>(plane, shape, top, left, to, view.output_point);
             }
         }
@@ -187,20 +183,21 @@ unsafe fn add_point<L: Lanes>(
             c: input * columns,
         })
         .collect();
-    for group in 0..out_blocks.div_ceil(L::TILE_BLOCKS) {
-        let blocks = L::TILE_BLOCKS.min(out_blocks - group * L::TILE_BLOCKS);
+    for group in 0..out_blocks.div_ceil(view.group_blocks) {
+        let blocks = view.group_blocks.min(out_blocks - group * view.group_blocks);
         let strides = Strides {
             a_inner: BLOCK,
-            b_inner: blocks * BLOCK,
-            b_block: BLOCK,
+            b_inner: BLOCK,
+            b_block: view.capacity * BLOCK,
             c_block: BLOCK,
+            matrices: view.matrices,
             b_follows: false,
         };
         let runs = Runs {
             offsets: &[(0, 0)],
             length: tiles,
         };
-        let first_column = group * L::TILE_BLOCKS * BLOCK;
+        let first_column = group * view.group_blocks * BLOCK;
         // SAFETY: the caller's promise.
         unsafe {
             let a = view.inputs.at(point * view.input_point);
@@ -242,6 +239,9 @@ impl Kernel for GradientPart<'_> {
         let pairs = shape.i.div_ceil(BLOCK) * shape.o.div_ceil(BLOCK) * BLOCK * BLOCK;
         let mut tiles = GradientTiles::new(shape, PART_CHUNK_TILES);
         let view = TilesView {
+            group_blocks: L::TILE_BLOCKS,
+            // Few channels: packing would cost more than the unit saves.
+            matrices: false,
             inputs: Shared::new(&mut tiles.inputs),
             outputs: Shared::new(&mut tiles.outputs),
             input_point: tiles.input_point,
@@ -276,6 +276,8 @@ fn sum_by_points(isa: Isa, shape: Shape, maps: Maps, sums: &mut [f32]) {
     let capacity = SHARED_CHUNK_TILES.min(shape.tiles());
     let mut tiles = GradientTiles::new(shape, capacity);
     let view = TilesView {
+        group_blocks: isa.group_blocks(),
+        matrices: isa.matrices(),
         inputs: Shared::new(&mut tiles.inputs),
         outputs: Shared::new(&mut tiles.outputs),
         input_point: tiles.input_point,
@@ -364,6 +366,9 @@ impl Kernel for AddPoint {
     }
 }
 
+/// Blocks of outputs whose taps are made at a time.
+const GROUP: usize = 4;
+
 /// Adds up the parts of sixteen inputs and a group of outputs, in order, and transforms them to taps.
 struct GradientBlock<'a> {
     shape: Shape,
@@ -392,7 +397,7 @@ impl Kernel for GradientBlock<'_> {
         let out_blocks = shape.o.div_ceil(BLOCK);
         let (columns, pairs) = (out_blocks * BLOCK, size / POINTS);
         let mut tile = WeightTile::new(shape.weight());
-        for block in group * L::TILE_BLOCKS..out_blocks.min((group + 1) * L::TILE_BLOCKS) {
+        for block in group * GROUP..out_blocks.min((group + 1) * GROUP) {
             for lane in 0..BLOCK {
                 let first = sums
                     .as_ptr()

@@ -1,0 +1,775 @@
+//! Products on the matrix unit of recent Intel processors (AMX), which multiplies bfloat16 and sums float32.
+//!
+//! The 24 bits of a float are those of three bfloat16, `x = h + m + l`, each the upper half of what those before it
+//! leave; splitting is exact. A product of floats is then nine products of parts, of which the six largest are summed,
+//! each exact in float32: `h·h`, `h·m`, `m·h`, `h·l`, `m·m` and `l·h` (Henry, Tang and Heinecke 2019, "Leveraging the
+//! bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations"). The other three are less than 2⁻²¹ of
+//! the product, and of its sign; over many terms the result is closer to float64's than a chain of fused multiply-adds,
+//! because the unit adds up in shorter chains. So much is float32 arithmetic; what differs is at its ends: parts below
+//! 2⁻¹²⁶ count as zero, and an infinity becomes NaN, for its parts are ∞, ∞ − ∞ and so on.
+//!
+//! Operands are packed a step of 32 terms at a time: rows of A as cells, the three parts of a row side by side; B as
+//! tiles of 1 KiB, the three parts of 32 columns one after another.
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+use std::cell::Cell;
+use std::sync::OnceLock;
+
+use super::lanes::{Avx512, Lanes};
+use super::tile::{Row, Runs, Strides};
+use crate::pool::Buffer;
+
+/// Whether the processor has the unit and the system lets this process use it.
+pub(super) fn available() -> bool {
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| {
+        const TILES: u32 = 1 << 24;
+        const BFLOAT16: u32 = 1 << 22;
+        let leaves = __cpuid(0).eax;
+        let features = if leaves < 7 { 0 } else { __cpuid_count(7, 0).edx };
+        is_x86_feature_detected!("avx512f")
+            && features & (TILES | BFLOAT16) == TILES | BFLOAT16
+            && permitted()
+    })
+}
+
+/// Asks the system for the unit's registers, for all threads of the process. How to ask others than Linux is not known
+/// here.
+fn permitted() -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+        const TILE_DATA: libc::c_long = 18;
+        // SAFETY: the call takes numbers, and changes nothing but what the system saves with a thread.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0 }
+    }
+    #[cfg(not(target_os = "linux"))]
+    false
+}
+
+/// Rows and columns of a tile of sums; rows of a tile of A, and columns of one of B.
+const SIDE: usize = 16;
+/// Terms of a step: a row of a tile has two numbers for each of its sixteen words.
+const STEP: usize = 32;
+/// Rows and columns of the sums of one call of [`add_steps`], two tiles by two.
+pub(super) const SQUARE: usize = 2 * SIDE;
+/// Bytes of a row of a tile.
+const LINE: usize = 64;
+/// Bytes of a tile.
+const TILE: usize = SIDE * LINE;
+/// Floats that the parts of a step take for one row of A.
+pub(super) const CELL: usize = 3 * LINE / size_of::<f32>();
+/// Floats that the parts of a step take for a square, on either side.
+pub(super) const SQUARE_TILES: usize = SQUARE * CELL;
+/// Steps that [`multiply`] packs at a time.
+const STEPS: usize = 8;
+/// Terms of these steps.
+const INNER: usize = STEPS * STEP;
+/// Steps that [`multiply_cells`] sums before sums go back to memory: their tiles of B take 480 KiB, which stay in the
+/// second-level cache while all squares pass by.
+const CELL_STEPS: usize = 40;
+
+/// Whether a product is one for this unit. Where A's inner neighbours are neighbours in memory, how many rows there are
+/// does not matter, so that a result does not depend on how rows are divided between tasks.
+pub(super) fn suits(rows: &[Row], blocks: usize, runs: Runs, a_inner: usize) -> bool {
+    let packs = if a_inner == 1 {
+        runs.length.is_multiple_of(SIDE)
+    } else {
+        let (sixteens, others) = rows.as_chunks::<SIDE>();
+        let neighbours = |rows: &[Row; SIDE]| (0..SIDE).all(|row| rows[row].a == rows[0].a + row);
+        others.is_empty() && sixteens.iter().all(neighbours)
+    };
+    packs && blocks >= 2 && runs.length * runs.offsets.len() >= STEP
+}
+
+/// C = A·B, or C += A·B.
+///
+/// Rows are packed 32 at a time, right before they are multiplied by all columns, so that packing goes on while the unit
+/// is still at work on the rows before.
+///
+/// # Safety
+/// [`available`] and [`suits`]; addresses as for [`multiply`](super::tile::multiply).
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn multiply(
+    rows: &[Row],
+    blocks: usize,
+    runs: Runs,
+    strides: Strides,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    accumulate: bool,
+) {
+    let (row_squares, column_squares) = (rows.len().div_ceil(SQUARE), blocks.div_ceil(2));
+    let total = runs.offsets.len() * runs.length;
+    // Whole squares of evenly spaced rows are summed where they belong, others beside.
+    let distance = if rows.len() > 1 {
+        rows[1].c.wrapping_sub(rows[0].c)
+    } else {
+        0
+    };
+    let even = |(index, row): (usize, &Row)| row.c == rows[0].c.wrapping_add(index.wrapping_mul(distance));
+    let even = strides.c_block == SIDE && rows.iter().enumerate().all(even);
+    let whole_rows = if even { rows.len() / SQUARE } else { 0 };
+    let whole_columns = blocks / 2;
+    let beside_at = |row: usize, column: usize| (row * column_squares + column) * SQUARE * SQUARE;
+    let all_whole = whole_rows == row_squares && whole_columns == column_squares;
+    let beside_size = if all_whole { 0 } else { beside_at(row_squares, 0) };
+
+    let packed = total.min(INNER).div_ceil(STEP) * SQUARE_TILES;
+    let right_size = column_squares * packed;
+    let size = 2 * packed + right_size + beside_size;
+    let kept = SCRATCH.take().filter(|kept| kept.len() >= size);
+    let mut scratch = kept.unwrap_or_else(|| Buffer::take(size));
+    let left = scratch.as_mut_ptr();
+    let right = left.wrapping_add(2 * packed);
+    let beside = right.wrapping_add(right_size);
+    let mut terms = Terms::new(runs, strides);
+    // SAFETY: the caller's promise; scratch is sized for the steps of a square of rows and of all columns.
+    unsafe {
+        configure();
+        for first in (0..total).step_by(INNER) {
+            terms.take(INNER.min(total - first));
+            let steps = terms.steps();
+            pack_columns(blocks, strides.b_block, &terms, b, right.cast());
+            let pack = |row: usize| {
+                let rows = &rows[row * SQUARE..rows.len().min((row + 1) * SQUARE)];
+                let to = left.wrapping_add(row % 2 * packed).cast();
+                if strides.a_inner == 1 {
+                    pack_rows(rows, &terms, a, to);
+                } else {
+                    pack_columns_as_rows(rows, &terms, a, to);
+                }
+            };
+            pack(0);
+            for row in 0..row_squares {
+                for column in 0..column_squares {
+                    let a = left.wrapping_add(row % 2 * packed);
+                    let a = [a, a.wrapping_add(SIDE * CELL)].map(|tile| tile.cast_const().cast());
+                    let b = right.wrapping_add(column * steps * SQUARE_TILES).cast_const();
+                    let (to, distance, accumulate) = if row < whole_rows && column < whole_columns {
+                        let to = c.wrapping_add(rows[row * SQUARE].c + column * SQUARE);
+                        (to, distance, accumulate || first > 0)
+                    } else {
+                        (beside.wrapping_add(beside_at(row, column)), SQUARE, first > 0)
+                    };
+                    let steps = &PACKED_STEPS[..steps];
+                    add_steps(a, CELL, steps, b.cast(), b.cast(), to, distance, accumulate);
+                    if column == 0 && row + 1 < row_squares {
+                        pack(row + 1);
+                    }
+                }
+            }
+        }
+        release();
+        for (index, row) in rows.iter().enumerate() {
+            let first = if index / SQUARE < whole_rows {
+                2 * whole_columns
+            } else {
+                0
+            };
+            for block in first..blocks {
+                let from = beside_at(index / SQUARE, block / 2) + index % SQUARE * SQUARE + block % 2 * SIDE;
+                let (sum, to) = (
+                    load(beside.wrapping_add(from)),
+                    c.wrapping_add(row.c + block * strides.c_block),
+                );
+                let sum = if accumulate {
+                    _mm512_add_ps(sum, load(to))
+                } else {
+                    sum
+                };
+                _mm512_mask_storeu_ps(to, !0, sum);
+            }
+        }
+    }
+    SCRATCH.set(Some(scratch));
+}
+
+thread_local! {
+    /// Room for packed operands, kept from product to product: some are smaller than what the pool's lock costs.
+    static SCRATCH: Cell<Option<Buffer>> = const { Cell::new(None) };
+}
+
+/// Bytes from the start of packed rows of A to each step.
+const PACKED_STEPS: [usize; STEPS] = {
+    let mut steps = [0; STEPS];
+    let mut step = 0;
+    while step < STEPS {
+        steps[step] = step * SQUARE_TILES * size_of::<f32>();
+        step += 1;
+    }
+    steps
+};
+
+/// Sums for squares of rows of cells, each with all steps, times the tiles of some pairs of blocks of columns,
+/// `[pair][step]`. Sums are `[square][pair][32][32]`.
+///
+/// # Safety
+/// [`available`]; from each of `rows` on, 32 rows at distances of `stride` cells are valid at all `steps` (offsets in
+/// bytes).
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn multiply_cells(
+    rows: &[*const f32],
+    stride: usize,
+    steps: &[usize],
+    tiles: &[f32],
+    sums: &mut [f32],
+) {
+    let pairs = sums.len() / (rows.len() * SQUARE * SQUARE);
+    let pair_tiles = steps.len() * SQUARE_TILES;
+    assert_eq!(tiles.len(), pairs * pair_tiles);
+    let sums = sums.as_mut_ptr();
+    // SAFETY: the caller's promise.
+    unsafe {
+        configure();
+        let parts = steps.len().div_ceil(CELL_STEPS);
+        let length = steps.len().div_ceil(parts);
+        for (part, steps) in steps.chunks(length).enumerate() {
+            for pair in 0..pairs {
+                let start = pair * pair_tiles + part * length * SQUARE_TILES;
+                let b = tiles.as_ptr().wrapping_add(start);
+                // What the next pair of blocks is multiplied by is asked for while this one is at work.
+                let next = b.wrapping_add(pair_tiles);
+                for (square, row) in rows.iter().enumerate() {
+                    let a = [*row, row.wrapping_add(SIDE * stride * CELL)].map(|tile| tile.cast());
+                    let to = sums.wrapping_add((square * pairs + pair) * SQUARE * SQUARE);
+                    let next = next.wrapping_add(square * steps.len() * AHEAD);
+                    add_steps(
+                        a,
+                        stride * CELL,
+                        steps,
+                        b.cast(),
+                        next.cast(),
+                        to,
+                        SQUARE,
+                        part > 0,
+                    );
+                }
+            }
+        }
+        release();
+    }
+}
+
+/// Floats that [`add_steps`] asks for ahead of time with each step: an eighth of the step's tiles.
+const AHEAD: usize = SQUARE_TILES / 8;
+
+/// Splits `count` times 32 floats into cells.
+///
+/// # Safety
+/// [`available`]; both addresses are valid for so many.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn split_cells(from: *const f32, count: usize, to: *mut f32) {
+    for cell in 0..count {
+        let from = from.wrapping_add(cell * STEP);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let parts = split(load(from), load(from.wrapping_add(SIDE)));
+            store_parts(parts, to.wrapping_add(cell * CELL).cast(), LINE);
+        }
+    }
+}
+
+/// Makes tiles of B of a square of floats.
+///
+/// # Safety
+/// [`available`]; `square` holds 32 rows of 32 columns, and `to` has room for a step.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn pack_square(square: *const f32, to: *mut f32) {
+    let to = to.cast::<u8>();
+    for pair in 0..SIDE {
+        for tile in 0..2 {
+            let first = square.wrapping_add(pair * SQUARE + tile * SIDE);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let second = load(first.wrapping_add(SIDE * SQUARE));
+                let to = to.wrapping_add(tile * TILE + pair * LINE);
+                store_parts(split(load(first), second), to, PART);
+            }
+        }
+    }
+}
+
+/// Offsets into A and B of up to [`INNER`] terms, step by step; terms beyond the last are zeros.
+struct Terms<'a> {
+    runs: Runs<'a>,
+    strides: Strides,
+    /// The next term: its run, and its place in it.
+    run: usize,
+    place: usize,
+    count: usize,
+    a: [[usize; STEP]; INNER / STEP],
+    b: [[usize; STEP]; INNER / STEP],
+}
+
+impl<'a> Terms<'a> {
+    fn new(runs: Runs<'a>, strides: Strides) -> Self {
+        Self {
+            runs,
+            strides,
+            run: 0,
+            place: 0,
+            count: 0,
+            a: [[0; STEP]; INNER / STEP],
+            b: [[0; STEP]; INNER / STEP],
+        }
+    }
+
+    /// Goes on to the next `count` terms.
+    fn take(&mut self, count: usize) {
+        self.count = count;
+        let terms = self
+            .a
+            .as_flattened_mut()
+            .iter_mut()
+            .zip(self.b.as_flattened_mut());
+        for (a, b) in terms.take(count) {
+            let (a_run, b_run) = self.runs.offsets[self.run];
+            *a = a_run + self.place * self.strides.a_inner;
+            *b = b_run + self.place * self.strides.b_inner;
+            self.place += 1;
+            if self.place == self.runs.length {
+                (self.run, self.place) = (self.run + 1, 0);
+            }
+        }
+    }
+
+    fn steps(&self) -> usize {
+        self.count.div_ceil(STEP)
+    }
+
+    /// How many terms of a step are not beyond the last.
+    fn of_step(&self, step: usize) -> usize {
+        STEP.min(self.count - step * STEP)
+    }
+}
+
+/// Bytes between the parts of a tile of B.
+const PART: usize = 2 * TILE;
+
+/// Rows of A whose inner neighbours are neighbours in memory, in runs of multiples of sixteen.
+///
+/// # Safety
+/// As for [`product`]; `to` has room for all steps of all rows.
+#[target_feature(enable = "avx512f")]
+unsafe fn pack_rows(rows: &[Row], terms: &Terms, a: *const f32, to: *mut u8) {
+    let steps = terms.steps();
+    for (step, offsets) in terms.a.iter().enumerate().take(steps) {
+        let (first, second) = (offsets[0], offsets[SIDE]);
+        let whole = terms.of_step(step) == STEP;
+        for (index, row) in rows.iter().enumerate() {
+            let a = a.wrapping_add(row.a);
+            let to = to.wrapping_add(PACKED_STEPS[step] + index * 3 * LINE);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let second = load_if(whole, a.wrapping_add(second));
+                store_parts(split(load(a.wrapping_add(first)), second), to, LINE);
+            }
+        }
+    }
+}
+
+/// Columns of B: rows of its tiles are pairs of terms, for sixteen columns each.
+///
+/// # Safety
+/// As for [`product`]; `tiles` has room for all steps of all columns.
+#[target_feature(enable = "avx512f")]
+unsafe fn pack_columns(blocks: usize, b_block: usize, terms: &Terms, b: *const f32, tiles: *mut u8) {
+    let steps = terms.steps();
+    for (step, offsets) in terms.b.iter().enumerate().take(steps) {
+        let count = terms.of_step(step);
+        for pair in 0..SIDE {
+            let (first, second) = (
+                b.wrapping_add(offsets[pair]),
+                b.wrapping_add(offsets[SIDE + pair]),
+            );
+            let (has_first, has_second) = (pair < count, SIDE + pair < count);
+            for block in 0..blocks {
+                let from = block * b_block;
+                let to = (block / 2 * steps + step) * SQUARE_TILES * size_of::<f32>()
+                    + block % 2 * TILE
+                    + pair * LINE;
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let first = load_if(has_first, first.wrapping_add(from));
+                    let second = load_if(has_second, second.wrapping_add(from));
+                    store_parts(split(first, second), tiles.wrapping_add(to), PART);
+                }
+            }
+        }
+    }
+}
+
+/// Rows of A that are neighbours in memory, sixteen by sixteen.
+///
+/// # Safety
+/// As for [`product`]; `to` has room for all steps of all rows.
+#[target_feature(enable = "avx512f")]
+unsafe fn pack_columns_as_rows(rows: &[Row], terms: &Terms, a: *const f32, to: *mut u8) {
+    let steps = terms.steps();
+    for (step, offsets) in terms.a.iter().enumerate().take(steps) {
+        let count = terms.of_step(step);
+        for (group, rows) in rows.chunks(SIDE).enumerate() {
+            let a = a.wrapping_add(rows[0].a);
+            let to = to.wrapping_add(PACKED_STEPS[step] + group * SIDE * 3 * LINE);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let mut squares = [[Avx512::zero(); SIDE]; 3];
+                for pair in 0..SIDE {
+                    let first = load_if(pair < count, a.wrapping_add(offsets[pair]));
+                    let second = load_if(SIDE + pair < count, a.wrapping_add(offsets[SIDE + pair]));
+                    for (square, words) in squares.iter_mut().zip(split(first, second)) {
+                        square[pair] = Avx512(_mm512_castsi512_ps(words));
+                    }
+                }
+                for (part, square) in squares.into_iter().enumerate() {
+                    let to = to.wrapping_add(part * LINE).cast::<f32>();
+                    for (row, words) in Avx512::transpose(square).into_iter().enumerate() {
+                        words.store(to.wrapping_add(row * CELL));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The parts `h`, `m` and `l` of two times sixteen floats, side by side in words: `low` in the lower halves.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn split(mut low: __m512, mut high: __m512) -> [__m512i; 3] {
+    /// `a | (b & c)`, for [`_mm512_ternarylogic_epi32`].
+    const OR_OF_AND: i32 = 0xf8;
+    let upper = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+    let mut parts = [_mm512_setzero_si512(); 3];
+    for words in &mut parts {
+        let (low_bits, high_bits) = (_mm512_castps_si512(low), _mm512_castps_si512(high));
+        *words = _mm512_ternarylogic_epi32::<OR_OF_AND>(_mm512_srli_epi32::<16>(low_bits), high_bits, upper);
+        low = _mm512_sub_ps(low, _mm512_castsi512_ps(_mm512_and_si512(low_bits, upper)));
+        high = _mm512_sub_ps(high, _mm512_castsi512_ps(_mm512_and_si512(high_bits, upper)));
+    }
+    parts
+}
+
+/// # Safety
+/// The address is valid for sixteen floats.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load(from: *const f32) -> __m512 {
+    // SAFETY: the caller's promise. Masked: see the lanes.
+    unsafe { _mm512_maskz_loadu_ps(!0, from) }
+}
+
+/// Zeros where there is nothing to load.
+///
+/// # Safety
+/// The address is valid for sixteen floats, if they are to be loaded.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load_if(there: bool, from: *const f32) -> __m512 {
+    // SAFETY: the caller's promise; nothing masked is read.
+    unsafe { _mm512_maskz_loadu_ps(if there { !0 } else { 0 }, from) }
+}
+
+/// # Safety
+/// The address is valid for three lines at distances of `part` bytes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn store_parts(parts: [__m512i; 3], to: *mut u8, part: usize) {
+    for (index, words) in parts.into_iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_mask_storeu_epi32(to.wrapping_add(index * part).cast(), !0, words) }
+    }
+}
+
+/// Eight tiles of sixteen rows of 64 bytes.
+#[repr(C, align(64))]
+struct Configuration([u8; 64]);
+
+static CONFIGURATION: Configuration = {
+    let mut bytes = [0; 64];
+    bytes[0] = 1;
+    let mut tile = 0;
+    while tile < 8 {
+        bytes[16 + 2 * tile] = 64;
+        bytes[48 + tile] = 16;
+        tile += 1;
+    }
+    Configuration(bytes)
+};
+
+/// # Safety
+/// [`available`].
+unsafe fn configure() {
+    // SAFETY: the caller's promise. Compiled code uses the unit's registers nowhere else.
+    unsafe {
+        asm!("ldtilecfg [{}]", in(reg) &raw const CONFIGURATION, options(nostack, preserves_flags, readonly));
+    }
+}
+
+/// # Safety
+/// [`available`].
+unsafe fn release() {
+    // SAFETY: the caller's promise.
+    unsafe { asm!("tilerelease", options(nostack, preserves_flags, nomem)) }
+}
+
+/// A square of sums, plus or from nothing, the products of some steps of 32 rows and 32 columns.
+///
+/// # Safety
+/// After [`configure`]. At each of the offsets `steps`, in bytes, from both of `a` on there are sixteen rows of a cell at
+/// distances of `a_row` floats; `b` is valid for the steps, `sums` for 32 rows at distances of `row` floats. `next` need not be
+/// valid: [`AHEAD`] floats a step are asked for from there on.
+unsafe fn add_steps(
+    [upper_a, lower_a]: [*const u8; 2],
+    a_row: usize,
+    steps: &[usize],
+    b: *const u8,
+    next: *const u8,
+    sums: *mut f32,
+    row: usize,
+    accumulate: bool,
+) {
+    // SAFETY: the caller's promise. Each pair of parts shares one with the pair before, small ones come first.
+    unsafe {
+        asm!(
+            "test {upper:e}, {upper:e}",
+            "jnz 2f",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "jmp 3f",
+            "2:",
+            "tileloadd tmm0, [{sums} + {row}]",
+            "tileloadd tmm1, [{lower_sums} + {row}]",
+            "tileloadd tmm2, [{sums} + {row} + 64]",
+            "tileloadd tmm3, [{lower_sums} + {row} + 64]",
+            "3:",
+            "mov {lower}, [{steps}]",
+            "add {steps}, 8",
+            "lea {upper}, [{upper_a} + {lower}]",
+            "add {lower}, {lower_a}",
+            // h of A, l of B
+            "tileloadd tmm4, [{upper} + {a_row}]",
+            "tileloadd tmm6, [{b} + {line} + 4096]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{lower} + {a_row}]",
+            "tdpbf16ps tmm1, tmm5, tmm6",
+            "tileloadd tmm7, [{b} + {line} + 5120]",
+            "tdpbf16ps tmm2, tmm4, tmm7",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "prefetcht1 [{next} + 0]",
+            "prefetcht1 [{next} + 64]",
+            "prefetcht1 [{next} + 128]",
+            // h, m
+            "tileloadd tmm6, [{b} + {line} + 2048]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm5, tmm6",
+            "tileloadd tmm7, [{b} + {line} + 3072]",
+            "tdpbf16ps tmm2, tmm4, tmm7",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "prefetcht1 [{next} + 192]",
+            "prefetcht1 [{next} + 256]",
+            "prefetcht1 [{next} + 320]",
+            // m, m
+            "tileloadd tmm4, [{upper} + {a_row} + 64]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm2, tmm4, tmm7",
+            "tileloadd tmm5, [{lower} + {a_row} + 64]",
+            "tdpbf16ps tmm1, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "prefetcht1 [{next} + 384]",
+            "prefetcht1 [{next} + 448]",
+            "prefetcht1 [{next} + 512]",
+            // m, h
+            "tileloadd tmm6, [{b} + {line}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm5, tmm6",
+            "tileloadd tmm7, [{b} + {line} + 1024]",
+            "tdpbf16ps tmm2, tmm4, tmm7",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "prefetcht1 [{next} + 576]",
+            "prefetcht1 [{next} + 640]",
+            "prefetcht1 [{next} + 704]",
+            // l, h
+            "tileloadd tmm4, [{upper} + {a_row} + 128]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm2, tmm4, tmm7",
+            "tileloadd tmm5, [{lower} + {a_row} + 128]",
+            "tdpbf16ps tmm1, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            // h, h
+            "tileloadd tmm4, [{upper} + {a_row}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm2, tmm4, tmm7",
+            "tileloadd tmm5, [{lower} + {a_row}]",
+            "tdpbf16ps tmm1, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {b}, 6144",
+            "add {next}, 768",
+            "dec {count}",
+            "jnz 3b",
+            "tilestored [{sums} + {row}], tmm0",
+            "tilestored [{lower_sums} + {row}], tmm1",
+            "tilestored [{sums} + {row} + 64], tmm2",
+            "tilestored [{lower_sums} + {row} + 64], tmm3",
+            upper_a = in(reg) upper_a,
+            lower_a = in(reg) lower_a,
+            a_row = in(reg) a_row * size_of::<f32>(),
+            steps = inout(reg) steps.as_ptr() => _,
+            count = inout(reg) steps.len() => _,
+            b = inout(reg) b => _,
+            next = inout(reg) next => _,
+            sums = in(reg) sums,
+            lower_sums = in(reg) sums.wrapping_add(SIDE * row),
+            row = in(reg) row * size_of::<f32>(),
+            line = in(reg) LINE,
+            upper = inout(reg) usize::from(accumulate) => _,
+            lower = out(reg) _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::{normal, relative_rms};
+
+    const ROWS: usize = 40;
+    const TERMS: usize = 300;
+    const BLOCKS: usize = 3;
+
+    /// The product of `[ROWS, TERMS]` and `[TERMS, BLOCKS·16]`, of A stored as it is or by columns.
+    fn product(a: &[f32], b: &[f32], transposed: bool) -> Vec<f32> {
+        let columns = BLOCKS * SIDE;
+        let mut rows = Row::spaced(ROWS, TERMS, columns);
+        if transposed {
+            rows = Row::spaced(ROWS, 1, columns);
+            rows.truncate(ROWS / SIDE * SIDE);
+        }
+        let runs = Runs {
+            offsets: &[(0, 0)],
+            length: TERMS,
+        };
+        let strides = Strides {
+            a_inner: if transposed { ROWS } else { 1 },
+            b_inner: columns,
+            b_block: SIDE,
+            c_block: SIDE,
+            matrices: true,
+            b_follows: false,
+        };
+        // Rows of A that are not transposed come in runs of sixteen terms; the last ones are too short.
+        let runs = if transposed {
+            runs
+        } else {
+            Runs {
+                length: TERMS / SIDE * SIDE,
+                ..runs
+            }
+        };
+        assert!(suits(&rows, BLOCKS, runs, strides.a_inner));
+        let mut c = vec![f32::NAN; ROWS * columns];
+        // SAFETY: callers make sure of the unit; operands are of the sizes that rows and runs say.
+        unsafe {
+            multiply(
+                &rows,
+                BLOCKS,
+                runs,
+                strides,
+                a.as_ptr(),
+                b.as_ptr(),
+                c.as_mut_ptr(),
+                false,
+            )
+        };
+        c.truncate(rows.len() * columns);
+        c
+    }
+
+    #[test]
+    fn sums_are_closer_to_float64_than_chains_of_float32() {
+        if !available() {
+            return;
+        }
+        let (a, b) = (normal(ROWS * TERMS, 1), normal(TERMS * BLOCKS * SIDE, 2));
+        for transposed in [false, true] {
+            let c = product(&a, &b, transposed);
+            let terms = if transposed { TERMS } else { TERMS / SIDE * SIDE };
+            let (mut exact, mut chains) = (Vec::new(), Vec::new());
+            for row in 0..c.len() / (BLOCKS * SIDE) {
+                for column in 0..BLOCKS * SIDE {
+                    let (mut sum, mut chain) = (0.0, 0.0_f32);
+                    for term in 0..terms {
+                        let at = if transposed {
+                            term * ROWS + row
+                        } else {
+                            row * TERMS + term
+                        };
+                        let other = b[term * BLOCKS * SIDE + column];
+                        sum += f64::from(a[at]) * f64::from(other);
+                        chain = a[at].mul_add(other, chain);
+                    }
+                    exact.push(sum);
+                    chains.push(chain);
+                }
+            }
+            let (error, of_chains) = (relative_rms(&c, &exact), relative_rms(&chains, &exact));
+            assert!(
+                error < of_chains,
+                "{error:.1e} and {of_chains:.1e}, transposed: {transposed}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so() {
+        if !available() {
+            return;
+        }
+        for value in [
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::NAN,
+            f32::from_bits(0x7f80_0001),
+        ] {
+            let (mut a, b) = (normal(ROWS * TERMS, 1), normal(TERMS * BLOCKS * SIDE, 2));
+            a[TERMS + 5] = value;
+            let c = product(&a, &b, false);
+            let (before, after) = c.split_at(BLOCKS * SIDE);
+            let (row, after) = after.split_at(BLOCKS * SIDE);
+            assert!(row.iter().all(|sum| !sum.is_finite()));
+            assert!(before.iter().chain(after).all(|sum| sum.is_finite()));
+        }
+    }
+
+    #[test]
+    fn parts_add_up_to_the_float() {
+        if !is_x86_feature_detected!("avx512f") {
+            return;
+        }
+        let values = normal(2 * SIDE, 3);
+        // SAFETY: the processor has the instructions; sixteen floats each.
+        let parts: [[u32; SIDE]; 3] = unsafe {
+            let parts = split(load(values.as_ptr()), load(values[SIDE..].as_ptr()));
+            parts.map(|words| std::mem::transmute::<__m512i, [u32; SIDE]>(words))
+        };
+        for (index, value) in values.iter().enumerate() {
+            let part = |words: &[u32; SIDE]| {
+                let word = words[index % SIDE];
+                f32::from_bits(if index < SIDE {
+                    word << 16
+                } else {
+                    word & 0xffff_0000
+                })
+            };
+            let [h, m, l] = [part(&parts[0]), part(&parts[1]), part(&parts[2])];
+            assert_eq!(h + (m + l), *value);
+        }
+    }
+}
