@@ -66,27 +66,27 @@ pub(super) const SQUARE_TILES: usize = SQUARE * CELL;
 const STEPS: usize = 8;
 /// Terms of these steps.
 const INNER: usize = STEPS * STEP;
-/// Steps that [`multiply_cells`] sums before sums go back to memory: their tiles of B take 480 KiB, which stay in the
+/// Steps that [`multiply_cells`] sums before sums go back to memory: their tiles of B take 240 KiB, which stay in the
 /// second-level cache while all squares pass by.
 const CELL_STEPS: usize = 40;
 
-/// Whether a product is one for this unit. Where A's inner neighbours are neighbours in memory, how many rows there are
-/// does not matter, so that a result does not depend on how rows are divided between tasks.
-pub(super) fn suits(rows: &[Row], blocks: usize, runs: Runs, a_inner: usize) -> bool {
-    let packs = if a_inner == 1 {
-        runs.length.is_multiple_of(SIDE)
-    } else {
-        let (sixteens, others) = rows.as_chunks::<SIDE>();
-        let neighbours = |rows: &[Row; SIDE]| (0..SIDE).all(|row| rows[row].a == rows[0].a + row);
-        others.is_empty() && sixteens.iter().all(neighbours)
-    };
-    packs && blocks >= 2 && runs.length * runs.offsets.len() >= STEP
+/// Whether a product is one for this unit: a weight gradient, whose rows are neighbours in memory by sixteens and evenly
+/// spaced in C, in whole squares.
+pub(super) fn suits(rows: &[Row], blocks: usize, runs: Runs, strides: Strides) -> bool {
+    let (sixteens, others) = rows.as_chunks::<SIDE>();
+    let neighbours = |rows: &[Row; SIDE]| (0..SIDE).all(|row| rows[row].a == rows[0].a + row);
+    let even = || (2..rows.len()).all(|row| rows[row].c - rows[row - 1].c == rows[1].c - rows[0].c);
+    let squares = others.is_empty() && sixteens.len().is_multiple_of(2) && blocks.is_multiple_of(2);
+    squares
+        && runs.length * runs.offsets.len() >= STEP
+        && strides.c_block == SIDE
+        && sixteens.iter().all(neighbours)
+        && even()
 }
 
 /// C = A·B, or C += A·B.
 ///
-/// Rows are packed 32 at a time, right before they are multiplied by all columns, so that packing goes on while the unit
-/// is still at work on the rows before.
+/// Rows are packed 32 at a time, while the unit is still at work on the rows before.
 ///
 /// # Safety
 /// [`available`] and [`suits`]; addresses as for [`multiply`](super::tile::multiply).
@@ -101,88 +101,43 @@ pub(super) unsafe fn multiply(
     c: *mut f32,
     accumulate: bool,
 ) {
-    let (row_squares, column_squares) = (rows.len().div_ceil(SQUARE), blocks.div_ceil(2));
+    let (squares, _) = rows.as_chunks::<SQUARE>();
+    let column_squares = blocks / 2;
+    let distance = rows[1].c - rows[0].c;
     let total = runs.offsets.len() * runs.length;
-    // Whole squares of evenly spaced rows are summed where they belong, others beside.
-    let distance = if rows.len() > 1 {
-        rows[1].c.wrapping_sub(rows[0].c)
-    } else {
-        0
-    };
-    let even = |(index, row): (usize, &Row)| row.c == rows[0].c.wrapping_add(index.wrapping_mul(distance));
-    let even = strides.c_block == SIDE && rows.iter().enumerate().all(even);
-    let whole_rows = if even { rows.len() / SQUARE } else { 0 };
-    let whole_columns = blocks / 2;
-    let beside_at = |row: usize, column: usize| (row * column_squares + column) * SQUARE * SQUARE;
-    let all_whole = whole_rows == row_squares && whole_columns == column_squares;
-    let beside_size = if all_whole { 0 } else { beside_at(row_squares, 0) };
-
+    // Tiles of a square: two for rows of A, which take turns, and one for each square of columns of B.
     let packed = total.min(INNER).div_ceil(STEP) * SQUARE_TILES;
-    let right_size = column_squares * packed;
-    let size = 2 * packed + right_size + beside_size;
+    let size = (2 + column_squares) * packed;
     let kept = SCRATCH.take().filter(|kept| kept.len() >= size);
     let mut scratch = kept.unwrap_or_else(|| Buffer::take(size));
     let left = scratch.as_mut_ptr();
     let right = left.wrapping_add(2 * packed);
-    let beside = right.wrapping_add(right_size);
     let mut terms = Terms::new(runs, strides);
-    // SAFETY: the caller's promise; scratch is sized for the steps of a square of rows and of all columns.
+    // SAFETY: the caller's promise; scratch is sized for the steps of all squares.
     unsafe {
         configure();
         for first in (0..total).step_by(INNER) {
             terms.take(INNER.min(total - first));
-            let steps = terms.steps();
+            let steps = &PACKED_STEPS[..terms.steps()];
             pack_columns(blocks, strides.b_block, &terms, b, right.cast());
-            let pack = |row: usize| {
-                let rows = &rows[row * SQUARE..rows.len().min((row + 1) * SQUARE)];
-                let to = left.wrapping_add(row % 2 * packed).cast();
-                if strides.a_inner == 1 {
-                    pack_rows(rows, &terms, a, to);
-                } else {
-                    pack_columns_as_rows(rows, &terms, a, to);
-                }
-            };
-            pack(0);
-            for row in 0..row_squares {
+            pack_rows(&squares[0], &terms, a, left.cast());
+            for (index, rows) in squares.iter().enumerate() {
+                let packed_rows = left.wrapping_add(index % 2 * packed);
+                let tiles = [packed_rows, packed_rows.wrapping_add(SIDE * CELL)];
+                let tiles = tiles.map(|tile| tile.cast_const().cast());
                 for column in 0..column_squares {
-                    let a = left.wrapping_add(row % 2 * packed);
-                    let a = [a, a.wrapping_add(SIDE * CELL)].map(|tile| tile.cast_const().cast());
-                    let b = right.wrapping_add(column * steps * SQUARE_TILES).cast_const();
-                    let (to, distance, accumulate) = if row < whole_rows && column < whole_columns {
-                        let to = c.wrapping_add(rows[row * SQUARE].c + column * SQUARE);
-                        (to, distance, accumulate || first > 0)
-                    } else {
-                        (beside.wrapping_add(beside_at(row, column)), SQUARE, first > 0)
-                    };
-                    let steps = &PACKED_STEPS[..steps];
-                    add_steps(a, CELL, steps, b.cast(), b.cast(), to, distance, accumulate);
-                    if column == 0 && row + 1 < row_squares {
-                        pack(row + 1);
+                    let b = right.wrapping_add(column * steps.len() * SQUARE_TILES);
+                    let b = b.cast_const().cast();
+                    let to = c.wrapping_add(rows[0].c + column * SQUARE);
+                    add_steps(tiles, CELL, steps, b, b, to, distance, accumulate || first > 0);
+                    if let (0, Some(rows)) = (column, squares.get(index + 1)) {
+                        let to = left.wrapping_add((index + 1) % 2 * packed);
+                        pack_rows(rows, &terms, a, to.cast());
                     }
                 }
             }
         }
         release();
-        for (index, row) in rows.iter().enumerate() {
-            let first = if index / SQUARE < whole_rows {
-                2 * whole_columns
-            } else {
-                0
-            };
-            for block in first..blocks {
-                let from = beside_at(index / SQUARE, block / 2) + index % SQUARE * SQUARE + block % 2 * SIDE;
-                let (sum, to) = (
-                    load(beside.wrapping_add(from)),
-                    c.wrapping_add(row.c + block * strides.c_block),
-                );
-                let sum = if accumulate {
-                    _mm512_add_ps(sum, load(to))
-                } else {
-                    sum
-                };
-                _mm512_mask_storeu_ps(to, !0, sum);
-            }
-        }
     }
     SCRATCH.set(Some(scratch));
 }
@@ -349,28 +304,6 @@ impl<'a> Terms<'a> {
 /// Bytes between the parts of a tile of B.
 const PART: usize = 2 * TILE;
 
-/// Rows of A whose inner neighbours are neighbours in memory, in runs of multiples of sixteen.
-///
-/// # Safety
-/// As for [`product`]; `to` has room for all steps of all rows.
-#[target_feature(enable = "avx512f")]
-unsafe fn pack_rows(rows: &[Row], terms: &Terms, a: *const f32, to: *mut u8) {
-    let steps = terms.steps();
-    for (step, offsets) in terms.a.iter().enumerate().take(steps) {
-        let (first, second) = (offsets[0], offsets[SIDE]);
-        let whole = terms.of_step(step) == STEP;
-        for (index, row) in rows.iter().enumerate() {
-            let a = a.wrapping_add(row.a);
-            let to = to.wrapping_add(PACKED_STEPS[step] + index * 3 * LINE);
-            // SAFETY: the caller's promise.
-            unsafe {
-                let second = load_if(whole, a.wrapping_add(second));
-                store_parts(split(load(a.wrapping_add(first)), second), to, LINE);
-            }
-        }
-    }
-}
-
 /// Columns of B: rows of its tiles are pairs of terms, for sixteen columns each.
 ///
 /// # Safety
@@ -402,12 +335,12 @@ unsafe fn pack_columns(blocks: usize, b_block: usize, terms: &Terms, b: *const f
     }
 }
 
-/// Rows of A that are neighbours in memory, sixteen by sixteen.
+/// A square of rows of A, neighbours in memory sixteen by sixteen.
 ///
 /// # Safety
-/// As for [`product`]; `to` has room for all steps of all rows.
+/// As for [`product`]; `to` has room for all steps.
 #[target_feature(enable = "avx512f")]
-unsafe fn pack_columns_as_rows(rows: &[Row], terms: &Terms, a: *const f32, to: *mut u8) {
+unsafe fn pack_rows(rows: &[Row; SQUARE], terms: &Terms, a: *const f32, to: *mut u8) {
     let steps = terms.steps();
     for (step, offsets) in terms.a.iter().enumerate().take(steps) {
         let count = terms.of_step(step);
@@ -640,55 +573,31 @@ mod tests {
     use super::*;
     use crate::kernels::testing::{normal, relative_rms};
 
-    const ROWS: usize = 40;
+    const ROWS: usize = 64;
     const TERMS: usize = 300;
-    const BLOCKS: usize = 3;
+    const COLUMNS: usize = 4 * SIDE;
 
-    /// The product of `[ROWS, TERMS]` and `[TERMS, BLOCKS·16]`, of A stored as it is or by columns.
-    fn product(a: &[f32], b: &[f32], transposed: bool) -> Vec<f32> {
-        let columns = BLOCKS * SIDE;
-        let mut rows = Row::spaced(ROWS, TERMS, columns);
-        if transposed {
-            rows = Row::spaced(ROWS, 1, columns);
-            rows.truncate(ROWS / SIDE * SIDE);
-        }
+    /// AᵀB of `[TERMS, ROWS]` and `[TERMS, COLUMNS]`.
+    fn product(a: &[f32], b: &[f32]) -> Vec<f32> {
+        let rows = Row::spaced(ROWS, 1, COLUMNS);
         let runs = Runs {
             offsets: &[(0, 0)],
             length: TERMS,
         };
         let strides = Strides {
-            a_inner: if transposed { ROWS } else { 1 },
-            b_inner: columns,
+            a_inner: ROWS,
+            b_inner: COLUMNS,
             b_block: SIDE,
             c_block: SIDE,
             matrices: true,
             b_follows: false,
         };
-        // Rows of A that are not transposed come in runs of sixteen terms; the last ones are too short.
-        let runs = if transposed {
-            runs
-        } else {
-            Runs {
-                length: TERMS / SIDE * SIDE,
-                ..runs
-            }
-        };
-        assert!(suits(&rows, BLOCKS, runs, strides.a_inner));
-        let mut c = vec![f32::NAN; ROWS * columns];
+        let blocks = COLUMNS / SIDE;
+        assert!(suits(&rows, blocks, runs, strides));
+        let mut c = vec![f32::NAN; ROWS * COLUMNS];
+        let (from, to) = ((a.as_ptr(), b.as_ptr()), c.as_mut_ptr());
         // SAFETY: callers make sure of the unit; operands are of the sizes that rows and runs say.
-        unsafe {
-            multiply(
-                &rows,
-                BLOCKS,
-                runs,
-                strides,
-                a.as_ptr(),
-                b.as_ptr(),
-                c.as_mut_ptr(),
-                false,
-            )
-        };
-        c.truncate(rows.len() * columns);
+        unsafe { multiply(&rows, blocks, runs, strides, from.0, from.1, to, false) };
         c
     }
 
@@ -697,34 +606,23 @@ mod tests {
         if !available() {
             return;
         }
-        let (a, b) = (normal(ROWS * TERMS, 1), normal(TERMS * BLOCKS * SIDE, 2));
-        for transposed in [false, true] {
-            let c = product(&a, &b, transposed);
-            let terms = if transposed { TERMS } else { TERMS / SIDE * SIDE };
-            let (mut exact, mut chains) = (Vec::new(), Vec::new());
-            for row in 0..c.len() / (BLOCKS * SIDE) {
-                for column in 0..BLOCKS * SIDE {
-                    let (mut sum, mut chain) = (0.0, 0.0_f32);
-                    for term in 0..terms {
-                        let at = if transposed {
-                            term * ROWS + row
-                        } else {
-                            row * TERMS + term
-                        };
-                        let other = b[term * BLOCKS * SIDE + column];
-                        sum += f64::from(a[at]) * f64::from(other);
-                        chain = a[at].mul_add(other, chain);
-                    }
-                    exact.push(sum);
-                    chains.push(chain);
+        let (a, b) = (normal(TERMS * ROWS, 1), normal(TERMS * COLUMNS, 2));
+        let (mut exact, mut chains) = (Vec::new(), Vec::new());
+        for row in 0..ROWS {
+            for column in 0..COLUMNS {
+                let (mut sum, mut chain) = (0.0, 0.0_f32);
+                for term in 0..TERMS {
+                    let (a, b) = (a[term * ROWS + row], b[term * COLUMNS + column]);
+                    sum += f64::from(a) * f64::from(b);
+                    chain = a.mul_add(b, chain);
                 }
+                exact.push(sum);
+                chains.push(chain);
             }
-            let (error, of_chains) = (relative_rms(&c, &exact), relative_rms(&chains, &exact));
-            assert!(
-                error < of_chains,
-                "{error:.1e} and {of_chains:.1e}, transposed: {transposed}"
-            );
         }
+        let error = relative_rms(&product(&a, &b), &exact);
+        let of_chains = relative_rms(&chains, &exact);
+        assert!(error < of_chains, "{error:.1e} and {of_chains:.1e}");
     }
 
     #[test]
@@ -738,13 +636,11 @@ mod tests {
             f32::NAN,
             f32::from_bits(0x7f80_0001),
         ] {
-            let (mut a, b) = (normal(ROWS * TERMS, 1), normal(TERMS * BLOCKS * SIDE, 2));
-            a[TERMS + 5] = value;
-            let c = product(&a, &b, false);
-            let (before, after) = c.split_at(BLOCKS * SIDE);
-            let (row, after) = after.split_at(BLOCKS * SIDE);
-            assert!(row.iter().all(|sum| !sum.is_finite()));
-            assert!(before.iter().chain(after).all(|sum| sum.is_finite()));
+            let (mut a, b) = (normal(TERMS * ROWS, 1), normal(TERMS * COLUMNS, 2));
+            a[5 * ROWS + 1] = value;
+            for (row, sums) in product(&a, &b).chunks(COLUMNS).enumerate() {
+                assert!(sums.iter().all(|sum| sum.is_finite() == (row != 1)), "row {row}");
+            }
         }
     }
 

@@ -8,7 +8,7 @@ pub(super) const SQUARE_TILES: usize = SQUARE * CELL;
 
 const ABSENT: &str = "a matrix unit that is not there";
 
-pub(super) fn suits(_: &[Row], _: usize, _: Runs, _: usize) -> bool {
+pub(super) fn suits(_: &[Row], _: usize, _: Runs, _: Strides) -> bool {
     false
 }
 

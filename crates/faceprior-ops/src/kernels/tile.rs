@@ -100,8 +100,7 @@ impl<L: Lanes> Ends<L> for Plain {
 /// do not depend on the split of rows between tasks.
 ///
 /// # Safety
-/// The processor has the instructions of `L`; rows, runs and strides stay inside the
-/// operands, and C overlaps neither A nor B.
+/// The processor has the instructions of `L`; rows, runs and strides stay inside the operands, and C overlaps neither A nor B.
 #[inline(always)]
 pub(crate) unsafe fn multiply<L: Lanes>(
     rows: &[Row],
@@ -113,7 +112,7 @@ pub(crate) unsafe fn multiply<L: Lanes>(
     c: *mut f32,
     accumulate: bool,
 ) {
-    if strides.matrices && amx::suits(rows, blocks, runs, strides.a_inner) {
+    if strides.matrices && amx::suits(rows, blocks, runs, strides) {
         // SAFETY: the caller's promise.
         unsafe { amx::multiply(rows, blocks, runs, strides, a, b, c, accumulate) };
         return;
