@@ -287,6 +287,7 @@ impl Product<'_> {
             .flat_map(|pair| taps.iter().map(move |tap| pair * grid.plane() + tap))
             .map(|cell| cell * CELL * size_of::<f32>())
             .collect();
+        assert!(self.outputs.pixels <= self.pitch(), "outputs that would overlap");
         let squares = grid.pictures * self.picture_squares();
         let pairs = self.blocks.div_ceil(2);
         let threads = rayon::current_num_threads();

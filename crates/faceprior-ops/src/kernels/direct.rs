@@ -268,9 +268,10 @@ fn rows_per_task(rows: usize, other_tasks: usize) -> usize {
     rows.div_ceil(wanted.min(rows))
 }
 
-/// Whether [`forward`] is computed by [`cells`].
+/// Whether [`forward`] is computed by [`cells`], where rows share their borders: no output lies in them alone.
 fn on_matrix_unit(isa: Isa, geometry: Geometry) -> bool {
-    cells::suits(isa, geometry.i, geometry.o, geometry.taps(), geometry.stride)
+    geometry.padding < geometry.kernel[1]
+        && cells::suits(isa, geometry.i, geometry.o, geometry.taps(), geometry.stride)
 }
 
 /// The weight of a convolution, `[O, I, kh, kw]`, as [`forward`] reads it.
@@ -897,6 +898,8 @@ mod tests {
                 (2, 40, 72, 41, 37, [3, 3], 2, 1),
                 (5, 33, 64, 11, 10, [3, 3], 1, 1),
                 (1, 48, 300, 9, 9, [5, 3], 3, 2),
+                (2, 32, 40, 6, 7, [5, 1], 1, 2),
+                (2, 24, 40, 6, 7, [1, 5], 1, 2),
                 (1, 256, 272, 5, 6, [3, 3], 2, 1),
             ] {
                 let g = Geometry {
