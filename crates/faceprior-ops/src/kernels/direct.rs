@@ -184,23 +184,23 @@ fn run_length(inner: usize) -> usize {
     inner.min(BLOCK)
 }
 
-/// The columns of a product with some taps of a weight: for each block of the inner side and each tap one run.
+/// The columns of a product with a weight: for each block of the inner side and each tap one run.
 ///
 /// A convolution's columns are output channels, its data gradient's are input channels.
-fn panel(shape: WeightShape, side: Columns, taps: usize) -> Panel {
+fn panel(shape: WeightShape, side: Columns) -> Panel {
     let (columns, inner) = side.sides(shape);
     Panel {
-        runs: inner.div_ceil(BLOCK) * taps,
+        runs: inner.div_ceil(BLOCK) * shape.taps,
         length: run_length(inner),
         blocks: columns.div_ceil(BLOCK),
     }
 }
 
-/// Packs some taps of a weight.
-fn pack(isa: Isa, weight: &[f32], shape: WeightShape, side: Columns, taps: &[usize]) -> Buffer {
+/// Packs a weight.
+fn pack(isa: Isa, weight: &[f32], shape: WeightShape, side: Columns) -> Buffer {
     let (columns, inner) = side.sides(shape);
     assert_eq!(weight.len(), columns * inner * shape.taps);
-    let panel = panel(shape, side, taps.len());
+    let panel = panel(shape, side);
     let mut values = Buffer::take(panel.size());
     let to = Shared::new(&mut values);
     let inner_blocks = inner.div_ceil(BLOCK);
@@ -209,7 +209,6 @@ fn pack(isa: Isa, weight: &[f32], shape: WeightShape, side: Columns, taps: &[usi
             weight,
             shape,
             side,
-            taps,
             panel,
             to,
             block: task / inner_blocks,
@@ -224,7 +223,6 @@ struct PackBlock<'a> {
     weight: &'a [f32],
     shape: WeightShape,
     side: Columns,
-    taps: &'a [usize],
     panel: Panel,
     to: Shared,
     block: usize,
@@ -240,22 +238,21 @@ impl Kernel for PackBlock<'_> {
             weight,
             shape,
             side,
-            taps,
             panel,
             to,
             block,
             inner_block,
         } = self;
-        let start = panel.start(block) + inner_block * taps.len() * panel.length * BLOCK;
+        let start = panel.start(block) + inner_block * shape.taps * panel.length * BLOCK;
         let mut tile = WeightTile::new(shape);
         // SAFETY: the caller promises the instructions; each task writes the rows and columns of its blocks, inside
         // the buffer by its size.
         unsafe {
             side.read::<L>(&mut tile, weight, block, inner_block);
-            for (place, tap) in taps.iter().enumerate() {
+            for tap in 0..shape.taps {
                 for row in 0..panel.length {
-                    let lanes = L::load(side.row(&mut tile, row, *tap));
-                    lanes.store(to.at(start + (place * panel.length + row) * BLOCK));
+                    let lanes = L::load(side.row(&mut tile, row, tap));
+                    lanes.store(to.at(start + (tap * panel.length + row) * BLOCK));
                 }
             }
         }
@@ -276,11 +273,11 @@ fn on_matrix_unit(isa: Isa, geometry: Geometry) -> bool {
 
 /// The weight of a convolution, `[O, I, kh, kw]`, as [`forward`] reads it.
 pub(crate) fn prepare(isa: Isa, geometry: Geometry, weight: &[f32]) -> Buffer {
-    let taps: Vec<_> = (0..geometry.taps()).collect();
     if on_matrix_unit(isa, geometry) {
+        let taps: Vec<_> = (0..geometry.taps()).collect();
         return cells::pack(isa, weight, geometry.weight(), Columns::Outputs, &taps);
     }
-    pack(isa, weight, geometry.weight(), Columns::Outputs, &taps)
+    pack(isa, weight, geometry.weight(), Columns::Outputs)
 }
 
 /// The convolution of `x` `[N, ⌈I/16⌉, H, W, 16]` with a prepared weight.
@@ -322,7 +319,7 @@ pub(crate) fn forward(
         product.run(isa);
         return;
     }
-    let panel = panel(g.weight(), Columns::Outputs, g.taps());
+    let panel = panel(g.weight(), Columns::Outputs);
     assert_eq!(weight.len(), panel.size());
     if let (Some(load), [1, 1], 0) = (load, g.kernel, g.padding) {
         let tasks = (oh * ow).div_ceil(LOADED_PIXELS);
@@ -344,7 +341,7 @@ pub(crate) fn forward(
     }
     let source = source(isa, x, load, [g.h, g.w], [g.padding; 2], [g.padding; 2]);
     let taps: Vec<_> = (0..g.taps())
-        .map(|tap| (tap / g.kernel[1] * source.w + tap % g.kernel[1]) * BLOCK)
+        .map(|tap| (tap, (tap / g.kernel[1] * source.w + tap % g.kernel[1]) * BLOCK))
         .collect();
     let product = Product {
         source: source.values(),
@@ -452,16 +449,18 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
     let ((top, bottom), (left, right)) = (borders(kh, g.h, oh), borders(kw, g.w, ow));
     let grid = Grid::new([g.n, g.out_blocks()], [oh, ow], [top, left], [bottom, right], 1);
     let cells = cells::suits(isa, g.o, g.i, g.taps(), 1).then(|| grid.split(isa, dy));
-    let source = if cells.is_some() {
+    let (source, packed) = if cells.is_some() {
         // Only phases without taps are left, which read nothing.
-        Source {
+        let unread = Source {
             x: dy,
             copy: None,
             h: oh,
             w: ow,
-        }
+        };
+        (unread, Buffer::take(0))
     } else {
-        source(isa, dy, None, [oh, ow], [top, left], [bottom, right])
+        let source = source(isa, dy, None, [oh, ow], [top, left], [bottom, right]);
+        (source, pack(isa, weight, g.weight(), Columns::Inputs))
     };
     let dx = Shared::new(dx);
     for phase_y in 0..s.min(g.h) {
@@ -494,19 +493,19 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
                 product.run(isa);
                 continue;
             }
-            let places: Vec<_> = places
+            let offsets = places
                 .iter()
-                .map(|(row, column)| (row * source.w + column) * BLOCK)
-                .collect();
+                .map(|(row, column)| (row * source.w + column) * BLOCK);
+            let taps: Vec<_> = taps.into_iter().zip(offsets).collect();
             let product = Product {
                 source: source.values(),
                 source_blocks: g.out_blocks(),
                 source_plane: source.plane(),
                 source_row: source.w * BLOCK,
                 source_pixel: BLOCK,
-                panel: panel(g.weight(), Columns::Inputs, taps.len()),
-                weight: &pack(isa, weight, g.weight(), Columns::Inputs, &taps),
-                taps: &places,
+                panel: panel(g.weight(), Columns::Inputs),
+                weight: &packed,
+                taps: &taps,
                 outputs,
             };
             product.run(isa, g.n);
@@ -539,8 +538,8 @@ struct Product<'a> {
     source_pixel: usize,
     panel: Panel,
     weight: &'a [f32],
-    /// Offset into a source plane of each tap that takes part.
-    taps: &'a [usize],
+    /// Each tap that takes part, and its offset into a source plane.
+    taps: &'a [(usize, usize)],
     outputs: Outputs,
 }
 
@@ -597,9 +596,17 @@ impl Kernel for ProductTask<'_> {
             pixels,
         } = self;
         let (first, outputs) = (blocks.start, p.outputs);
-        let places =
-            (0..p.source_blocks).flat_map(|block| p.taps.iter().map(move |tap| block * p.source_plane + tap));
-        let runs = p.panel.runs(places);
+        let num_taps = p.panel.runs / p.source_blocks;
+        let runs: Vec<_> = (0..p.source_blocks)
+            .flat_map(|block| p.taps.iter().map(move |tap| (block, *tap)))
+            .map(|(block, (tap, offset))| {
+                (
+                    block * p.source_plane + offset,
+                    (block * num_taps + tap) * p.panel.length * BLOCK,
+                )
+            })
+            .collect();
+        let follows = p.taps.len() == num_taps;
         let pixels: Vec<_> = rows
             .flat_map(|row| pixels.clone().map(move |pixel| (row, pixel)))
             .map(|(row, pixel)| Row {
@@ -628,7 +635,7 @@ impl Kernel for ProductTask<'_> {
                     blocks.len(),
                     c,
                     outputs.plane,
-                    true,
+                    follows,
                 );
             }
         }
