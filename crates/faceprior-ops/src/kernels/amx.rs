@@ -4,9 +4,9 @@
 //! leave; splitting is exact. A product of floats is then nine products of parts, of which the six largest are summed,
 //! each exact in float32: `h·h`, `h·m`, `m·h`, `h·l`, `m·m` and `l·h` (Henry, Tang and Heinecke 2019, "Leveraging the
 //! bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations"). The other three are less than 2⁻²¹ of
-//! the product, and of its sign; over many terms the result is closer to float64's than a chain of fused multiply-adds,
-//! because the unit adds up in shorter chains. So much is float32 arithmetic; what differs is at its ends: parts below
-//! 2⁻¹²⁶ count as zero, and an infinity becomes NaN, for its parts are ∞, ∞ − ∞ and so on.
+//! the product, and of its sign; over many terms the result is closer to float64's than a chain of fused multiply-adds
+//! (see the tests). So much is float32 arithmetic; what differs is at its ends: parts below 2⁻¹²⁶ count as zero, and an
+//! infinity becomes NaN, for its parts are ∞, ∞ − ∞ and so on.
 //!
 //! Operands are packed a step of 32 terms at a time: rows of A as cells, the three parts of a row side by side; B as
 //! tiles of 1 KiB, the three parts of 32 columns one after another.

@@ -1,9 +1,9 @@
 //! Convolutions on the matrix unit, as an implicit product.
 //!
-//! The source is split into the unit's numbers once. A cell holds 32 channels of a pixel, part by part; a tile of the
-//! left operand is sixteen cells, wherever a tap finds them. So that neighbouring outputs are always equally far apart,
-//! across rows too, outputs are counted in a grid as wide as the source's; what falls between rows is left out when the
-//! sums are written.
+//! The source is split into the unit's numbers, once for several products or by each task for what it needs. A cell
+//! holds 32 channels of a pixel, part by part; a tile of the left operand is sixteen cells, wherever a tap finds them.
+//! So that neighbouring outputs are always equally far apart, across rows too, outputs are counted in a grid as wide as
+//! the source's; what falls between rows is left out when the sums are written.
 
 use std::ops::Range;
 
