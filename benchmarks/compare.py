@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peers.conv import CASES as CONVOLUTIONS
@@ -396,7 +396,7 @@ def case_rows(work, case, results, failures):
             return "–"
         return show_speed(work, found, case) + ("" if case else f", {show_bytes(found)}")
 
-    for form in work.forms:
+    for form in (f for f in work.forms if f.name in results):
         speed, memory = ratios(results["faceprior"], results[form.name], case)
         whole = speed and "faceprior" not in failures and form.name not in failures
         spread = f" ({min(speed):.2f}–{max(speed):.2f})" if whole and len(speed) > 1 else ""
@@ -450,6 +450,7 @@ def shown_command(args):
     """The command without this machine's paths."""
     words = ["python compare.py"]
     words += [f"--only {o}" for o in args.only]
+    words += [f"--without {o}" for o in args.without]
     words += ["--data PICTURES"] if args.data else []
     words += [f"--threads {args.threads} --rounds {args.rounds} --runs {args.runs}"]
     return " ".join(words) + (" --quick" if args.quick else "")
@@ -504,7 +505,12 @@ def write(report, folder):
 
 
 def compare(args):
+    known = {f.name for w in WORKS for f in w.forms}
+    if unknown := set(args.without) - known:
+        sys.exit(f"--without {sorted(unknown)[0]}: no such form; hint: one of {', '.join(sorted(known))}")
     chosen = [w for w in WORKS if not args.only or any(o in w.name for o in args.only)]
+    chosen = [replace(w, forms=tuple(f for f in w.forms if f.name not in args.without)) for w in chosen]
+    chosen = [w for w in chosen if w.forms]
     if not chosen:
         sys.exit(f"--only matches no work; hint: one of {', '.join(w.name for w in WORKS)}")
     if shutil.which(args.faceprior) is None:
@@ -557,6 +563,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faceprior", default=default_faceprior(), help="the program (default: the release build)")
     parser.add_argument("--only", action="append", default=[], metavar="PART", help="works whose name has this part")
+    parser.add_argument("--without", action="append", default=[], metavar="FORM", help="a form of the peer to leave out")
     parser.add_argument("--data", type=Path, help="folder tree of raw pictures of one size, for loader and align")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="processes of each side and form")

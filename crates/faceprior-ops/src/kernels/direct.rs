@@ -9,7 +9,7 @@ use super::cells::{self, Grid};
 use super::lanes::{Isa, Kernel, Lanes};
 use super::load::{AsIs, Load, Read};
 use super::panel::Panel;
-use super::tile::{Row, Runs, Strides, multiply, multiply_panel};
+use super::tile::{INNER, Row, Runs, Strides, UNROLLED, multiply, multiply_panel};
 use super::weights::{Columns, WeightShape, WeightTile};
 use super::{BLOCK, Shared, parallel};
 use crate::pool::Buffer;
@@ -173,6 +173,124 @@ impl Kernel for CopyPlane<'_> {
             match self.load {
                 Some(load) => self.copy::<L>(load.plane::<L>(self.plane)),
                 None => self.copy::<L>(AsIs),
+            }
+        }
+    }
+}
+
+/// The pixels that the taps of a strided convolution read, gathered: planes `[plane][phase][rows][pixels][16]`, where a
+/// phase has the pixels whose row and column are its own modulo the stride. There each tap reads neighbours.
+struct Phases<'a> {
+    source: Source<'a>,
+    /// Phases of rows and of columns: where the kernel is smaller than the stride, some are never read.
+    counts: [usize; 2],
+    stride: usize,
+}
+
+impl<'a> Phases<'a> {
+    fn new(isa: Isa, g: Geometry, x: &'a [f32], load: Option<Load>) -> Self {
+        let s = g.stride;
+        if s == 1 {
+            return Self {
+                source: source(isa, x, load, [g.h, g.w], [g.padding; 2], [g.padding; 2]),
+                counts: [1, 1],
+                stride: 1,
+            };
+        }
+        let ([oh, ow], [kh, kw]) = (g.outputs(), g.kernel);
+        let (h, w) = (oh + (kh - 1) / s, ow + (kw - 1) / s);
+        let counts = [kh.min(s), kw.min(s)];
+        let planes = g.n * g.in_blocks();
+        let plane = counts[0] * counts[1] * h * w * BLOCK;
+        let mut copy = Buffer::take(planes * plane);
+        let to = Shared::new(&mut copy);
+        parallel(planes, |index| {
+            isa.run(GatherPlane {
+                x,
+                load,
+                plane: index,
+                geometry: g,
+                counts,
+                size: [h, w],
+                to: to.at(index * plane),
+            });
+        });
+        let copy = Some(copy);
+        Self {
+            source: Source { x, copy, h, w },
+            counts,
+            stride: s,
+        }
+    }
+
+    fn plane(&self) -> usize {
+        self.counts[0] * self.counts[1] * self.source.plane()
+    }
+
+    /// Where in a plane a tap reads for the first output.
+    fn tap(&self, [ky, kx]: [usize; 2]) -> usize {
+        let s = self.stride;
+        let phase = ky % s * self.counts[1] + kx % s;
+        phase * self.source.plane() + (ky / s * self.source.w + kx / s) * BLOCK
+    }
+}
+
+/// A plane of [`Phases`].
+struct GatherPlane<'a> {
+    x: &'a [f32],
+    load: Option<Load<'a>>,
+    plane: usize,
+    geometry: Geometry,
+    counts: [usize; 2],
+    size: [usize; 2],
+    /// A plane of all phases, which nobody else writes.
+    to: *mut f32,
+}
+
+impl GatherPlane<'_> {
+    /// # Safety
+    /// The processor has the instructions of `L`.
+    #[inline(always)]
+    unsafe fn gather<L: Lanes>(&self, values: impl Read<L>) {
+        let (g, [h, w]) = (self.geometry, self.size);
+        let (s, padding) = (g.stride, g.padding);
+        let from = self.x.as_ptr().wrapping_add(self.plane * g.h * g.w * BLOCK);
+        let mut to = self.to;
+        for phase_y in 0..self.counts[0] {
+            for phase_x in 0..self.counts[1] {
+                for row in 0..h {
+                    // Above and left of the map these wrap around to beyond its end.
+                    let y = (row * s + phase_y).wrapping_sub(padding);
+                    for pixel in 0..w {
+                        let x = (pixel * s + phase_x).wrapping_sub(padding);
+                        // SAFETY: the caller's promise; the pixel is one of the map, and those of all phases fill the
+                        // plane.
+                        unsafe {
+                            let value = if y < g.h && x < g.w {
+                                values.read(from.wrapping_add((y * g.w + x) * BLOCK))
+                            } else {
+                                L::zero()
+                            };
+                            value.store(to);
+                        }
+                        to = to.wrapping_add(BLOCK);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Kernel for GatherPlane<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        // SAFETY: the caller promises the instructions.
+        unsafe {
+            match self.load {
+                Some(load) => self.gather::<L>(load.plane::<L>(self.plane)),
+                None => self.gather::<L>(AsIs),
             }
         }
     }
@@ -655,7 +773,7 @@ const MAX_SUM_FLOATS: usize = 16 << 20;
 /// more than it saves.
 const MIN_UNIT_PAIRS: usize = 256 * 256;
 /// Pixels of the inner dimension for each time a sum is loaded and stored.
-const CHUNK_PIXELS: usize = 128;
+const CHUNK_PIXELS: usize = INNER;
 /// The same on the matrix unit.
 const UNIT_CHUNK_PIXELS: usize = 512;
 
@@ -673,9 +791,12 @@ pub(crate) fn weight_gradient(
     assert_eq!(x.len(), g.n * g.in_blocks() * g.h * g.w * BLOCK);
     assert_eq!(dy.len(), g.n * g.out_blocks() * oh * ow * BLOCK);
     assert_eq!(dw.len(), g.o * g.i * g.taps());
-    let source = source(isa, x, load, [g.h, g.w], [g.padding; 2], [g.padding; 2]);
+    let phases = Phases::new(isa, g, x, load);
+    // Rows of zeros as long as the input's: all pixels of a picture are one run, whatever the tap.
+    let dy = source(isa, dy, None, [oh, ow], [0; 2], [0, phases.source.w - ow]);
 
-    // Sums are `[part][tap][input][output]`. The parts depend on the shape alone, not on the number of threads.
+    // Sums are `[part][group of outputs][tap][input][output]`: those of a task lie together. The parts depend on the shape
+    // alone, not on the number of threads.
     let inputs = if g.in_blocks() == 1 {
         g.i
     } else {
@@ -687,6 +808,7 @@ pub(crate) fn weight_gradient(
     let parts = worthwhile.clamp(1, g.n);
     let part_pictures = g.n.div_ceil(parts);
     let matrices = isa.matrices() && g.i * g.o >= MIN_UNIT_PAIRS;
+    let group_blocks = isa.group_blocks().min(g.out_blocks());
     // A small map has few parts but wide weights: then every tap is a task. So it is on the matrix unit, where sums that
     // do not stay in the cache would be most of the work.
     let tap_tasks = if oh * ow <= CHUNK_PIXELS || matrices {
@@ -696,20 +818,17 @@ pub(crate) fn weight_gradient(
     };
     let mut sums = Buffer::take(parts * size);
     let shared = Shared::new(&mut sums);
-    let groups = g.out_blocks().div_ceil(isa.group_blocks());
-    let (source_plane, source_w) = (source.plane(), source.w);
+    let groups = g.out_blocks().div_ceil(group_blocks);
     parallel(parts * groups * tap_tasks, |task| {
         let (task, tap_task) = (task / tap_tasks, task % tap_tasks);
         let (part, group) = (task / groups, task % groups);
         let tap_length = g.taps() / tap_tasks;
         isa.run(WeightGradientTask {
-            group_blocks: isa.group_blocks(),
+            group_blocks,
             matrices,
             geometry: g,
-            source: source.values(),
-            source_plane,
-            source_w,
-            dy,
+            phases: &phases,
+            dy: &dy,
             sums: shared,
             start: part * size,
             inputs,
@@ -724,6 +843,7 @@ pub(crate) fn weight_gradient(
         let (out_block, in_block) = (task / g.in_blocks(), task % g.in_blocks());
         isa.run(SumParts {
             geometry: g,
+            group_blocks,
             sums,
             size,
             inputs,
@@ -737,6 +857,7 @@ pub(crate) fn weight_gradient(
 /// Adds up the parts of sixteen inputs and outputs, in order.
 struct SumParts<'a> {
     geometry: Geometry,
+    group_blocks: usize,
     sums: &'a [f32],
     size: usize,
     inputs: usize,
@@ -752,6 +873,7 @@ impl Kernel for SumParts<'_> {
     unsafe fn run<L: Lanes>(self) {
         let Self {
             geometry: g,
+            group_blocks,
             sums,
             size,
             inputs,
@@ -759,14 +881,16 @@ impl Kernel for SumParts<'_> {
             out_block,
             in_block,
         } = self;
-        let columns = g.out_blocks() * BLOCK;
         let mut tile = WeightTile::new(g.weight());
-        // SAFETY: the caller promises the instructions; sums are `[part][tap][input][output]`; each task writes the
-        // tile of its blocks.
+        let first_block = out_block / group_blocks * group_blocks;
+        let columns = group_blocks.min(g.out_blocks() - first_block) * BLOCK;
+        let start = first_block * BLOCK * g.taps() * inputs + (out_block - first_block) * BLOCK;
+        // SAFETY: the caller promises the instructions; sums are `[part][group][tap][input][output]`; each task writes
+        // the tile of its blocks.
         unsafe {
             for tap in 0..g.taps() {
                 for lane in 0..BLOCK.min(inputs - in_block * BLOCK) {
-                    let first = (tap * inputs + in_block * BLOCK + lane) * columns + out_block * BLOCK;
+                    let first = start + (tap * inputs + in_block * BLOCK + lane) * columns;
                     let mut total = L::zero();
                     for part in sums.chunks_exact(size) {
                         total = total.add(L::load(part[first..first + BLOCK].as_ptr()));
@@ -783,10 +907,8 @@ struct WeightGradientTask<'a> {
     group_blocks: usize,
     matrices: bool,
     geometry: Geometry,
-    source: &'a [f32],
-    source_plane: usize,
-    source_w: usize,
-    dy: &'a [f32],
+    phases: &'a Phases<'a>,
+    dy: &'a Source<'a>,
     sums: Shared,
     start: usize,
     inputs: usize,
@@ -804,9 +926,7 @@ impl Kernel for WeightGradientTask<'_> {
             group_blocks,
             matrices,
             geometry: g,
-            source,
-            source_plane,
-            source_w,
+            phases,
             dy,
             sums,
             start,
@@ -816,14 +936,12 @@ impl Kernel for WeightGradientTask<'_> {
             pictures,
         } = self;
         let [oh, ow] = g.outputs();
-        let columns = g.out_blocks() * BLOCK;
         let first_block = group * group_blocks;
         let blocks = group_blocks.min(g.out_blocks() - first_block);
-        let plane = oh * ow * BLOCK;
         let strides = Strides {
-            a_inner: g.stride * BLOCK,
+            a_inner: BLOCK,
             b_inner: BLOCK,
-            b_block: plane,
+            b_block: dy.plane(),
             c_block: BLOCK,
             matrices,
             b_follows: false,
@@ -831,48 +949,46 @@ impl Kernel for WeightGradientTask<'_> {
         let rows: Vec<_> = (taps.start * inputs..taps.end * inputs)
             .map(|row| {
                 let (tap, input) = (row / inputs, row % inputs);
-                let tap = (tap / g.kernel[1] * source_w + tap % g.kernel[1]) * BLOCK;
+                let tap = phases.tap([tap / g.kernel[1], tap % g.kernel[1]]);
                 Row {
-                    a: input / BLOCK * source_plane + tap + input % BLOCK,
-                    c: row * columns,
+                    a: input / BLOCK * phases.plane() + tap + input % BLOCK,
+                    c: row * blocks * BLOCK,
                 }
             })
             .collect();
         // SAFETY: the caller promises the instructions. Every tap of every output pixel lies inside the padded
         // source; this task alone writes its columns of its part's sums.
         unsafe {
-            let sums = sums.at(start + first_block * BLOCK);
+            let sums = sums.at(start + first_block * BLOCK * g.taps() * inputs);
             for row in &rows {
                 for block in 0..blocks {
                     L::zero().store(sums.wrapping_add(row.c + block * BLOCK));
                 }
             }
-            // A chunk is some whole pictures, some whole rows of one, or a piece of a row.
+            // A chunk is some whole pictures or a piece of one.
             let chunk = if matrices { UNIT_CHUNK_PIXELS } else { CHUNK_PIXELS };
-            let chunk_pictures = (chunk / (oh * ow)).max(1);
-            let chunk_rows = (chunk / ow).clamp(1, oh);
-            let chunk_pixels = ow.min(4 * CHUNK_PIXELS);
-            let (picture_x, picture_dy) = (g.in_blocks() * source_plane, g.out_blocks() * plane);
-            let (source, dy) = (source.as_ptr(), dy.as_ptr());
-            let dy = dy.wrapping_add(first_block * plane);
-            let mut offsets = Vec::with_capacity(chunk_pictures * chunk_rows);
+            let pixels = (oh - 1) * dy.w + ow;
+            let chunk_pictures = (chunk / pixels).max(1);
+            let pieces = pixels.div_ceil(chunk);
+            let piece = pixels.div_ceil(pieces).next_multiple_of(UNROLLED);
+            let (picture_x, picture_dy) = (g.in_blocks() * phases.plane(), g.out_blocks() * dy.plane());
+            let x = phases.source.values().as_ptr();
+            let dy = dy.values().as_ptr().wrapping_add(first_block * dy.plane());
+            let mut offsets = Vec::with_capacity(chunk_pictures);
             for first in pictures.clone().step_by(chunk_pictures) {
-                for row in (0..oh).step_by(chunk_rows) {
-                    for pixel in (0..ow).step_by(chunk_pixels) {
-                        offsets.clear();
-                        for picture in first..pictures.end.min(first + chunk_pictures) {
-                            for row in row..oh.min(row + chunk_rows) {
-                                let from = (row * source_w + pixel) * g.stride * BLOCK;
-                                let to = (row * ow + pixel) * BLOCK;
-                                offsets.push((picture * picture_x + from, picture * picture_dy + to));
-                            }
-                        }
-                        let runs = Runs {
-                            offsets: &offsets,
-                            length: chunk_pixels.min(ow - pixel),
-                        };
-                        multiply::<L>(&rows, blocks, runs, strides, source, dy, sums, true);
+                for pixel in (0..pixels).step_by(piece) {
+                    offsets.clear();
+                    for picture in first..pictures.end.min(first + chunk_pictures) {
+                        offsets.push((
+                            picture * picture_x + pixel * BLOCK,
+                            picture * picture_dy + pixel * BLOCK,
+                        ));
                     }
+                    let runs = Runs {
+                        offsets: &offsets,
+                        length: piece.min(pixels - pixel),
+                    };
+                    multiply::<L>(&rows, blocks, runs, strides, x, dy, sums, true);
                 }
             }
         }

@@ -87,18 +87,10 @@ impl Isa {
         sets
     }
 
-    /// Blocks of sixteen columns that should be one product: a register tile's, or more where the left operand is packed
-    /// for each product.
+    /// Blocks of sixteen columns that one task multiplies by: enough that the left operand, read once for each register
+    /// tile, comes from far away only once; more where it is packed first.
     pub(crate) fn group_blocks(self) -> usize {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Amx => 16,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => Avx512::TILE_BLOCKS,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => x86::Avx2::TILE_BLOCKS,
-            Self::Portable => Portable::TILE_BLOCKS,
-        }
+        if self.matrices() { 16 } else { 4 }
     }
 
     /// Whether products of matrices go to a unit of their own.
@@ -170,6 +162,9 @@ pub(crate) trait Lanes: Copy {
     /// `above` where `self > bound`, `otherwise` elsewhere.
     unsafe fn select_greater(self, bound: Self, above: Self, otherwise: Self) -> Self;
 
+    /// Runs a kernel from within another as a function of its own, so that what many share is compiled once.
+    unsafe fn call<K: Kernel>(kernel: K) -> K::Output;
+
     /// The transpose of a square of sixteen by sixteen floats: row `r` of the result is column `r` of the argument.
     unsafe fn transpose(rows: [Self; 16]) -> [Self; 16];
 
@@ -196,6 +191,12 @@ impl Lanes for Portable {
     const TILE_BLOCKS: usize = 1;
     // Four registers to a sum: x86-64 without extensions has sixteen, other processors have 32.
     const TILE_ROWS: usize = if cfg!(target_arch = "x86_64") { 3 } else { 6 };
+
+    #[inline(never)]
+    unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: the caller's promise.
+        unsafe { kernel.run::<Self>() }
+    }
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
@@ -300,6 +301,7 @@ mod x86 {
     /// # Safety
     /// The processor must have AVX-512F.
     #[target_feature(enable = "avx512f")]
+    #[inline(never)]
     pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
         // SAFETY: the caller's promise.
         unsafe { kernel.run::<Avx512>() }
@@ -308,6 +310,7 @@ mod x86 {
     /// # Safety
     /// The processor must have AVX2 and FMA.
     #[target_feature(enable = "avx2,fma")]
+    #[inline(never)]
     pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
         // SAFETY: the caller's promise.
         unsafe { kernel.run::<Avx2>() }
@@ -328,6 +331,11 @@ mod x86 {
     impl Lanes for Avx512 {
         const TILE_BLOCKS: usize = 4;
         const TILE_ROWS: usize = 8;
+
+        #[inline(always)]
+        unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
+            unsafe { run_avx512(kernel) }
+        }
 
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
@@ -450,6 +458,11 @@ mod x86 {
     impl Lanes for Avx2 {
         const TILE_BLOCKS: usize = 1;
         const TILE_ROWS: usize = 6;
+
+        #[inline(always)]
+        unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
+            unsafe { run_avx2(kernel) }
+        }
 
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {

@@ -2,7 +2,7 @@
 
 use super::BLOCK;
 use super::amx;
-use super::lanes::Lanes;
+use super::lanes::{Kernel, Lanes};
 use super::panel::Panel;
 
 /// Rows of a register tile of several blocks: with four, 24 of AVX-512's 32 registers accumulate. A tile of one block has
@@ -11,7 +11,7 @@ const WIDE_ROWS: usize = 6;
 
 /// Terms of the inner dimension that are summed before the next: so many rows of B, at 64 columns 24 KiB, stay in the
 /// first-level cache while all rows of A pass by.
-const INNER: usize = 96;
+pub(super) const INNER: usize = 96;
 
 /// How the operands of [`multiply`] lie in memory, distances in floats.
 #[derive(Clone, Copy)]
@@ -94,7 +94,8 @@ impl<L: Lanes> Ends<L> for Plain {
     }
 }
 
-/// C = A·B, or C += A·B, for all `rows` and `blocks`·16 columns, on the processor's matrix unit where that suits.
+/// C = A·B, or C += A·B, for all `rows` and `blocks`·16 columns, on the processor's matrix unit where that suits. The
+/// inner dimension runs over blocked pixels in A and in B.
 ///
 /// Each element of C is one chain of sums in the order of the inner dimension, however the rows are grouped, so results
 /// do not depend on the split of rows between tasks.
@@ -117,8 +118,58 @@ pub(crate) unsafe fn multiply<L: Lanes>(
         unsafe { amx::multiply(rows, blocks, runs, strides, a, b, c, accumulate) };
         return;
     }
+    assert_eq!([strides.a_inner, strides.b_inner], [BLOCK; 2]);
     // SAFETY: the caller's promise.
-    unsafe { multiply_between::<L>(rows, blocks, runs, strides, a, b, c, Plain { accumulate }) }
+    unsafe {
+        L::call(Product::<BLOCK> {
+            rows,
+            blocks,
+            runs,
+            strides,
+            a,
+            b,
+            c,
+            accumulate,
+        });
+    }
+}
+
+/// [`multiply_between`] by a function of its own, for terms of A that are `A_INNER` apart and of B that are sixteen apart.
+struct Product<'a, const A_INNER: usize> {
+    rows: &'a [Row],
+    blocks: usize,
+    runs: Runs<'a>,
+    strides: Strides,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    accumulate: bool,
+}
+
+impl<const A_INNER: usize> Kernel for Product<'_, A_INNER> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            rows,
+            blocks,
+            runs,
+            strides,
+            a,
+            b,
+            c,
+            accumulate,
+        } = self;
+        // Known to the compiler, these become parts of the instructions' addresses.
+        let strides = Strides {
+            a_inner: A_INNER,
+            b_inner: BLOCK,
+            ..strides
+        };
+        // SAFETY: the caller's promise.
+        unsafe { multiply_between::<L>(rows, blocks, runs, strides, a, b, c, Plain { accumulate }) }
+    }
 }
 
 /// C = A·B for all `rows` and `blocks`·16 columns of a panel, from `first_block` on; `runs` are the panel's.
@@ -153,7 +204,16 @@ pub(crate) unsafe fn multiply_panel<L: Lanes>(
     let b = panel.wrapping_add(shape.start(first_block));
     // SAFETY: the caller's promise.
     unsafe {
-        multiply_between::<L>(rows, blocks, runs, strides, a, b, c, Plain { accumulate: false });
+        L::call(Product::<1> {
+            rows,
+            blocks,
+            runs,
+            strides,
+            a,
+            b,
+            c,
+            accumulate: false,
+        });
     }
 }
 
@@ -389,7 +449,7 @@ unsafe fn tile<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
 }
 
 /// Terms of a run between two jumps: the end of a run of sixteen would otherwise be guessed wrong.
-const UNROLLED: usize = 4;
+pub(super) const UNROLLED: usize = 4;
 
 /// One term of the inner dimension.
 ///
