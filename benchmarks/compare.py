@@ -508,7 +508,8 @@ def compare(args):
     known = {f.name for w in WORKS for f in w.forms}
     if unknown := set(args.without) - known:
         sys.exit(f"--without {sorted(unknown)[0]}: no such form; hint: one of {', '.join(sorted(known))}")
-    chosen = [w for w in WORKS if not args.only or any(o in w.name for o in args.only)]
+    names = [w.name for w in WORKS]
+    chosen = [w for w in WORKS if not args.only or any(o == w.name or o not in names and o in w.name for o in args.only)]
     chosen = [replace(w, forms=tuple(f for f in w.forms if f.name not in args.without)) for w in chosen]
     chosen = [w for w in chosen if w.forms]
     if not chosen:
@@ -562,7 +563,7 @@ def default_faceprior():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faceprior", default=default_faceprior(), help="the program (default: the release build)")
-    parser.add_argument("--only", action="append", default=[], metavar="PART", help="works whose name has this part")
+    parser.add_argument("--only", action="append", default=[], metavar="PART", help="this work, or those whose name has this part")
     parser.add_argument("--without", action="append", default=[], metavar="FORM", help="a form of the peer to leave out")
     parser.add_argument("--data", type=Path, help="folder tree of raw pictures of one size, for loader and align")
     parser.add_argument("--threads", type=int, default=2)
