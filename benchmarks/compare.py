@@ -510,10 +510,11 @@ def compare(args):
         sys.exit(f"--without {sorted(unknown)[0]}: no such form; hint: one of {', '.join(sorted(known))}")
     names = [w.name for w in WORKS]
     chosen = [w for w in WORKS if not args.only or any(o == w.name or o not in names and o in w.name for o in args.only)]
-    chosen = [replace(w, forms=tuple(f for f in w.forms if f.name not in args.without)) for w in chosen]
-    chosen = [w for w in chosen if w.forms]
     if not chosen:
-        sys.exit(f"--only matches no work; hint: one of {', '.join(w.name for w in WORKS)}")
+        sys.exit(f"--only matches no work; hint: one of {', '.join(names)}")
+    chosen = [replace(w, forms=tuple(f for f in w.forms if f.name not in args.without)) for w in chosen]
+    if left := [w.name for w in chosen if not w.forms]:
+        sys.exit(f"--without leaves {left[0]} no peer; hint: name other works with --only")
     if shutil.which(args.faceprior) is None:
         sys.exit("faceprior not found; hint: `cargo build --release` first, or give --faceprior PROGRAM")
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
