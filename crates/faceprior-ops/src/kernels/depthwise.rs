@@ -148,7 +148,7 @@ impl<'a> PaddedPlane<'a> {
                 width: g.w,
             };
         }
-        let padded @ [height, width] = [g.h + 2 * g.padding, g.w + 2 * g.padding];
+        let gathered @ [height, width] = [g.h + 2 * g.padding, g.w + 2 * g.padding];
         let mut copy = Buffer::take(height * width * BLOCK);
         isa.run(CopyPlane {
             x,
@@ -156,7 +156,9 @@ impl<'a> PaddedPlane<'a> {
             plane,
             size: [g.h, g.w],
             before: [g.padding; 2],
-            padded,
+            stride: 1,
+            phases: [1; 2],
+            gathered,
             to: copy.as_mut_ptr(),
         });
         Self {

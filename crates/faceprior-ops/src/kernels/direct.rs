@@ -101,20 +101,8 @@ pub(super) fn source<'a>(
     if load.is_none() && (padded_h, padded_w) == (h, w) {
         return Source { x, copy: None, h, w };
     }
-    let planes = x.len() / (h * w * BLOCK);
-    let mut copy = Buffer::take(planes * padded_h * padded_w * BLOCK);
-    let to = Shared::new(&mut copy);
-    parallel(planes, |plane| {
-        isa.run(CopyPlane {
-            x,
-            load,
-            plane,
-            size: [h, w],
-            before,
-            padded: [padded_h, padded_w],
-            to: to.at(plane * padded_h * padded_w * BLOCK),
-        });
-    });
+    let gathered = [padded_h, padded_w];
+    let copy = copy_planes(isa, x, load, [h, w], before, 1, [1; 2], gathered);
     Source {
         x,
         copy: Some(copy),
@@ -123,41 +111,95 @@ pub(super) fn source<'a>(
     }
 }
 
-/// One plane of a map within a border of zeros, [`Load`] applied.
+/// All planes of a map by [`CopyPlane`].
+fn copy_planes(
+    isa: Isa,
+    x: &[f32],
+    load: Option<Load>,
+    size: [usize; 2],
+    before: [usize; 2],
+    stride: usize,
+    phases: [usize; 2],
+    gathered: [usize; 2],
+) -> Buffer {
+    let planes = x.len() / (size[0] * size[1] * BLOCK);
+    let length = phases[0] * phases[1] * gathered[0] * gathered[1] * BLOCK;
+    let mut copy = Buffer::take(planes * length);
+    let to = Shared::new(&mut copy);
+    parallel(planes, |plane| {
+        isa.run(CopyPlane {
+            x,
+            load,
+            plane,
+            size,
+            before,
+            stride,
+            phases,
+            gathered,
+            to: to.at(plane * length),
+        });
+    });
+    copy
+}
+
+/// One plane of a map within a border of zeros, [`Load`] applied, phase by phase: a phase has the pixels whose row and
+/// column, counted from the border's first, are its own modulo the stride. With stride 1 there is one.
 pub(super) struct CopyPlane<'a> {
     pub(super) x: &'a [f32],
     pub(super) load: Option<Load<'a>>,
     pub(super) plane: usize,
     pub(super) size: [usize; 2],
     pub(super) before: [usize; 2],
-    pub(super) padded: [usize; 2],
-    /// A plane of the padded size, which nobody else writes.
+    pub(super) stride: usize,
+    /// How many phases of rows and of columns are copied.
+    pub(super) phases: [usize; 2],
+    /// Rows and pixels of a phase.
+    pub(super) gathered: [usize; 2],
+    /// Room for the phases, which nobody else writes.
     pub(super) to: *mut f32,
 }
 
 impl CopyPlane<'_> {
+    /// The places in a phase whose rows (axis 0) or pixels (axis 1) lie in the map.
+    #[inline(always)]
+    fn inside(&self, axis: usize, phase: usize) -> [usize; 2] {
+        let first = |at: usize| at.saturating_sub(phase).div_ceil(self.stride);
+        let end = self.gathered[axis];
+        [self.before[axis], self.before[axis] + self.size[axis]].map(|at| first(at).min(end))
+    }
+
     /// # Safety
     /// The processor has the instructions of `L`.
     #[inline(always)]
     unsafe fn copy<L: Lanes>(&self, values: impl Read<L>) {
-        let ([h, w], [padded_h, padded_w], to) = (self.size, self.padded, self.to);
+        let ([h, w], [top, left], [rows, pixels]) = (self.size, self.before, self.gathered);
         let from = self.x.as_ptr().wrapping_add(self.plane * h * w * BLOCK);
-        // SAFETY: the caller's promise; the rows of the plane and the zeros between them fill the padded plane.
-        unsafe {
-            let mut filled = 0;
-            for y in 0..h {
-                let start = (self.before[0] + y) * padded_w + self.before[1];
-                for zero in filled..start {
-                    L::zero().store(to.wrapping_add(zero * BLOCK));
+        let mut to = self.to;
+        for phase_y in 0..self.phases[0] {
+            let [first_row, end_row] = self.inside(0, phase_y);
+            for phase_x in 0..self.phases[1] {
+                let [first, end] = self.inside(1, phase_x);
+                // SAFETY: the caller's promise; what lies inside is a pixel of the map, and it and the zeros between
+                // fill the phase.
+                unsafe {
+                    let mut filled = 0;
+                    for row in first_row..end_row {
+                        for zero in filled..row * pixels + first {
+                            L::zero().store(to.wrapping_add(zero * BLOCK));
+                        }
+                        let y = row * self.stride + phase_y - top;
+                        for pixel in first..end {
+                            let x = pixel * self.stride + phase_x - left;
+                            let value = values.read(from.wrapping_add((y * w + x) * BLOCK));
+                            value.store(to.wrapping_add((row * pixels + pixel) * BLOCK));
+                        }
+                        filled = row * pixels + end;
+                    }
+                    for zero in filled..rows * pixels {
+                        L::zero().store(to.wrapping_add(zero * BLOCK));
+                    }
                 }
-                for x in 0..w {
-                    let value = values.read(from.wrapping_add((y * w + x) * BLOCK));
-                    value.store(to.wrapping_add((start + x) * BLOCK));
-                }
-                filled = start + w;
-            }
-            for zero in filled..padded_h * padded_w {
-                L::zero().store(to.wrapping_add(zero * BLOCK));
+                to = to.wrapping_add(rows * pixels * BLOCK);
             }
         }
     }
@@ -178,8 +220,8 @@ impl Kernel for CopyPlane<'_> {
     }
 }
 
-/// The pixels that the taps of a strided convolution read, gathered: planes `[plane][phase][rows][pixels][16]`, where a
-/// phase has the pixels whose row and column are its own modulo the stride. There each tap reads neighbours.
+/// The pixels that the taps of a convolution read, gathered by the phases of [`CopyPlane`]: planes
+/// `[plane][phase][rows][pixels][16]`, where each tap reads neighbours.
 struct Phases<'a> {
     source: Source<'a>,
     /// Phases of rows and of columns: where the kernel is smaller than the stride, some are never read.
@@ -200,24 +242,14 @@ impl<'a> Phases<'a> {
         let ([oh, ow], [kh, kw]) = (g.outputs(), g.kernel);
         let (h, w) = (oh + (kh - 1) / s, ow + (kw - 1) / s);
         let counts = [kh.min(s), kw.min(s)];
-        let planes = g.n * g.in_blocks();
-        let plane = counts[0] * counts[1] * h * w * BLOCK;
-        let mut copy = Buffer::take(planes * plane);
-        let to = Shared::new(&mut copy);
-        parallel(planes, |index| {
-            isa.run(GatherPlane {
-                x,
-                load,
-                plane: index,
-                geometry: g,
-                counts,
-                size: [h, w],
-                to: to.at(index * plane),
-            });
-        });
-        let copy = Some(copy);
+        let copy = copy_planes(isa, x, load, [g.h, g.w], [g.padding; 2], s, counts, [h, w]);
         Self {
-            source: Source { x, copy, h, w },
+            source: Source {
+                x,
+                copy: Some(copy),
+                h,
+                w,
+            },
             counts,
             stride: s,
         }
@@ -232,67 +264,6 @@ impl<'a> Phases<'a> {
         let s = self.stride;
         let phase = ky % s * self.counts[1] + kx % s;
         phase * self.source.plane() + (ky / s * self.source.w + kx / s) * BLOCK
-    }
-}
-
-/// A plane of [`Phases`].
-struct GatherPlane<'a> {
-    x: &'a [f32],
-    load: Option<Load<'a>>,
-    plane: usize,
-    geometry: Geometry,
-    counts: [usize; 2],
-    size: [usize; 2],
-    /// A plane of all phases, which nobody else writes.
-    to: *mut f32,
-}
-
-impl GatherPlane<'_> {
-    /// # Safety
-    /// The processor has the instructions of `L`.
-    #[inline(always)]
-    unsafe fn gather<L: Lanes>(&self, values: impl Read<L>) {
-        let (g, [h, w]) = (self.geometry, self.size);
-        let (s, padding) = (g.stride, g.padding);
-        let from = self.x.as_ptr().wrapping_add(self.plane * g.h * g.w * BLOCK);
-        let mut to = self.to;
-        for phase_y in 0..self.counts[0] {
-            for phase_x in 0..self.counts[1] {
-                for row in 0..h {
-                    // Above and left of the map these wrap around to beyond its end.
-                    let y = (row * s + phase_y).wrapping_sub(padding);
-                    for pixel in 0..w {
-                        let x = (pixel * s + phase_x).wrapping_sub(padding);
-                        // SAFETY: the caller's promise; the pixel is one of the map, and those of all phases fill the
-                        // plane.
-                        unsafe {
-                            let value = if y < g.h && x < g.w {
-                                values.read(from.wrapping_add((y * g.w + x) * BLOCK))
-                            } else {
-                                L::zero()
-                            };
-                            value.store(to);
-                        }
-                        to = to.wrapping_add(BLOCK);
-                    }
-                }
-            }
-        }
-    }
-}
-
-impl Kernel for GatherPlane<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<L: Lanes>(self) {
-        // SAFETY: the caller promises the instructions.
-        unsafe {
-            match self.load {
-                Some(load) => self.gather::<L>(load.plane::<L>(self.plane)),
-                None => self.gather::<L>(AsIs),
-            }
-        }
     }
 }
 
