@@ -743,6 +743,8 @@ const MAX_SUM_FLOATS: usize = 16 << 20;
 /// Pairs of an input and an output channel for which the matrix unit makes weight gradients: with fewer, packing costs
 /// more than it saves.
 const MIN_UNIT_PAIRS: usize = 256 * 256;
+/// Sums of each output channel that pay for joining the rows of its gradient.
+const MIN_JOINED_SUMS: usize = 64;
 /// Pixels of the inner dimension for each time a sum is loaded and stored.
 const CHUNK_PIXELS: usize = INNER;
 /// The same on the matrix unit.
@@ -763,16 +765,20 @@ pub(crate) fn weight_gradient(
     assert_eq!(dy.len(), g.n * g.out_blocks() * oh * ow * BLOCK);
     assert_eq!(dw.len(), g.o * g.i * g.taps());
     let phases = Phases::new(isa, g, x, load);
-    // Rows of zeros as long as the input's: all pixels of a picture are one run, whatever the tap.
-    let dy = source(isa, dy, None, [oh, ow], [0; 2], [0, phases.source.w - ow]);
-
-    // Sums are `[part][group of outputs][tap][input][output]`: those of a task lie together. The parts depend on the shape
-    // alone, not on the number of threads.
     let inputs = if g.in_blocks() == 1 {
         g.i
     } else {
         g.in_blocks() * BLOCK
     };
+    // With zeros to make its rows as long as the input's, all pixels of a picture are one run, whatever the tap; where
+    // few sums are made of each pixel, copying it costs more than short runs.
+    let padding = phases.source.w - ow;
+    let joined = padding == 0 || g.taps() * inputs >= MIN_JOINED_SUMS;
+    let padding = if joined { padding } else { 0 };
+    let dy = source(isa, dy, None, [oh, ow], [0; 2], [0, padding]);
+
+    // Sums are `[part][group of outputs][tap][input][output]`: those of a task lie together. The parts depend on the shape
+    // alone, not on the number of threads.
     let columns = g.out_blocks() * BLOCK;
     let size = g.taps() * inputs * columns;
     let worthwhile = (g.n * oh * ow / MIN_PART_PIXELS).min((MAX_SUM_FLOATS / size).min(MAX_PARTS));
@@ -936,30 +942,40 @@ impl Kernel for WeightGradientTask<'_> {
                     L::zero().store(sums.wrapping_add(row.c + block * BLOCK));
                 }
             }
-            // A chunk is some whole pictures or a piece of one.
+            // Rows of the map that follow each other without a gap in both operands are one run. A chunk is some whole runs
+            // or a piece of one.
             let chunk = if matrices { UNIT_CHUNK_PIXELS } else { CHUNK_PIXELS };
-            let pixels = (oh - 1) * dy.w + ow;
-            let chunk_pictures = (chunk / pixels).max(1);
+            let (rows_joined, pixels) = if dy.w == phases.source.w {
+                (oh, (oh - 1) * dy.w + ow)
+            } else {
+                (1, ow)
+            };
+            let chunk_runs = (chunk / pixels).max(1);
             let pieces = pixels.div_ceil(chunk);
             let piece = pixels.div_ceil(pieces).next_multiple_of(UNROLLED);
-            let (picture_x, picture_dy) = (g.in_blocks() * phases.plane(), g.out_blocks() * dy.plane());
+            let picture_runs = oh / rows_joined;
+            let start = |run: usize, planes: usize, source: &Source, plane: usize| {
+                let (picture, row) = (run / picture_runs, run % picture_runs * rows_joined);
+                picture * planes * plane + row * source.w * BLOCK
+            };
             let x = phases.source.values().as_ptr();
-            let dy = dy.values().as_ptr().wrapping_add(first_block * dy.plane());
-            let mut offsets = Vec::with_capacity(chunk_pictures);
-            for first in pictures.clone().step_by(chunk_pictures) {
+            let gradient = dy.values().as_ptr().wrapping_add(first_block * dy.plane());
+            let mut offsets = Vec::with_capacity(chunk_runs);
+            let end = pictures.end * picture_runs;
+            for first in (pictures.start * picture_runs..end).step_by(chunk_runs) {
                 for pixel in (0..pixels).step_by(piece) {
                     offsets.clear();
-                    for picture in first..pictures.end.min(first + chunk_pictures) {
+                    for run in first..end.min(first + chunk_runs) {
                         offsets.push((
-                            picture * picture_x + pixel * BLOCK,
-                            picture * picture_dy + pixel * BLOCK,
+                            start(run, g.in_blocks(), &phases.source, phases.plane()) + pixel * BLOCK,
+                            start(run, g.out_blocks(), dy, dy.plane()) + pixel * BLOCK,
                         ));
                     }
                     let runs = Runs {
                         offsets: &offsets,
                         length: piece.min(pixels - pixel),
                     };
-                    multiply::<L>(&rows, blocks, runs, strides, x, dy, sums, true);
+                    multiply::<L>(&rows, blocks, runs, strides, x, gradient, sums, true);
                 }
             }
         }
