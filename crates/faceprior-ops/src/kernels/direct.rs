@@ -440,8 +440,7 @@ pub(crate) fn forward(
         source_pixel: g.stride * BLOCK,
         panel,
         weight,
-        taps: &taps,
-        outputs,
+        phases: &[Phase { taps, outputs }],
     };
     product.run(isa, g.n);
 }
@@ -539,7 +538,7 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
     let grid = Grid::new([g.n, g.out_blocks()], [oh, ow], [top, left], [bottom, right], 1);
     let cells = cells::suits(isa, g.o, g.i, g.taps(), 1).then(|| grid.split(isa, dy));
     let (source, packed) = if cells.is_some() {
-        // Only phases without taps are left, which read nothing.
+        // Only phases without taps are left, if any, which read nothing.
         let unread = Source {
             x: dy,
             copy: None,
@@ -552,6 +551,7 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
         (source, pack(isa, weight, g.weight(), Columns::Inputs))
     };
     let dx = Shared::new(dx);
+    let mut phases = Vec::new();
     for phase_y in 0..s.min(g.h) {
         for phase_x in 0..s.min(g.w) {
             let (taps, places): (Vec<_>, Vec<_>) = distances(kh, phase_y)
@@ -585,21 +585,21 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
             let offsets = places
                 .iter()
                 .map(|(row, column)| (row * source.w + column) * BLOCK);
-            let taps: Vec<_> = taps.into_iter().zip(offsets).collect();
-            let product = Product {
-                source: source.values(),
-                source_blocks: g.out_blocks(),
-                source_plane: source.plane(),
-                source_row: source.w * BLOCK,
-                source_pixel: BLOCK,
-                panel: panel(g.weight(), Columns::Inputs),
-                weight: &packed,
-                taps: &taps,
-                outputs,
-            };
-            product.run(isa, g.n);
+            let taps = taps.into_iter().zip(offsets).collect();
+            phases.push(Phase { taps, outputs });
         }
     }
+    let product = Product {
+        source: source.values(),
+        source_blocks: g.out_blocks(),
+        source_plane: source.plane(),
+        source_row: source.w * BLOCK,
+        source_pixel: BLOCK,
+        panel: panel(g.weight(), Columns::Inputs),
+        weight: &packed,
+        phases: &phases,
+    };
+    product.run(isa, g.n);
 }
 
 /// The output pixels of a product: all of a map, or those of a phase.
@@ -627,8 +627,13 @@ struct Product<'a> {
     source_pixel: usize,
     panel: Panel,
     weight: &'a [f32],
+    phases: &'a [Phase],
+}
+
+/// Output pixels that meet the same taps.
+struct Phase {
     /// Each tap that takes part, and its offset into a source plane.
-    taps: &'a [(usize, usize)],
+    taps: Vec<(usize, usize)>,
     outputs: Outputs,
 }
 
@@ -636,7 +641,12 @@ impl Product<'_> {
     fn run(self, isa: Isa, n: usize) {
         let group_blocks = isa.group_blocks();
         let groups = self.panel.blocks.div_ceil(group_blocks);
-        let Outputs { rows, pixels, .. } = self.outputs;
+        // The largest; others are a row or a pixel smaller. A task has the same part of each.
+        let sizes = self.phases.iter().map(|phase| phase.outputs);
+        let Some(rows) = sizes.clone().map(|outputs| outputs.rows).max() else {
+            return;
+        };
+        let pixels = sizes.map(|outputs| outputs.pixels).max().unwrap_or(0);
         let task_rows = rows_per_task(rows, n * groups);
         let row_tasks = rows.div_ceil(task_rows);
         // A long row, as of a flattened 1×1 convolution, is divided too.
@@ -650,22 +660,25 @@ impl Product<'_> {
             let (task, pixel_task) = (task / pixel_tasks, task % pixel_tasks);
             let (task, row_task) = (task / row_tasks, task % row_tasks);
             let (picture, group) = (task / groups, task % groups);
-            let rows = row_task * task_rows..rows.min((row_task + 1) * task_rows);
-            let pixels = pixel_task * task_pixels..pixels.min((pixel_task + 1) * task_pixels);
             let first = group * group_blocks;
-            isa.run(ProductTask {
-                product: self,
-                picture,
-                blocks: first..self.panel.blocks.min(first + group_blocks),
-                rows,
-                pixels,
-            });
+            for phase in self.phases {
+                let Outputs { rows, pixels, .. } = phase.outputs;
+                isa.run(ProductTask {
+                    product: self,
+                    phase,
+                    picture,
+                    blocks: first..self.panel.blocks.min(first + group_blocks),
+                    rows: row_task * task_rows..rows.min((row_task + 1) * task_rows),
+                    pixels: pixel_task * task_pixels..pixels.min((pixel_task + 1) * task_pixels),
+                });
+            }
         });
     }
 }
 
 struct ProductTask<'a> {
     product: Product<'a>,
+    phase: &'a Phase,
     picture: usize,
     blocks: std::ops::Range<usize>,
     rows: std::ops::Range<usize>,
@@ -679,15 +692,16 @@ impl Kernel for ProductTask<'_> {
     unsafe fn run<L: Lanes>(self) {
         let Self {
             product: p,
+            phase: Phase { taps, outputs },
             picture,
             blocks,
             rows,
             pixels,
         } = self;
-        let (first, outputs) = (blocks.start, p.outputs);
+        let first = blocks.start;
         let num_taps = p.panel.runs / p.source_blocks;
         let runs: Vec<_> = (0..p.source_blocks)
-            .flat_map(|block| p.taps.iter().map(move |tap| (block, *tap)))
+            .flat_map(|block| taps.iter().map(move |tap| (block, *tap)))
             .map(|(block, (tap, offset))| {
                 (
                     block * p.source_plane + offset,
@@ -695,7 +709,7 @@ impl Kernel for ProductTask<'_> {
                 )
             })
             .collect();
-        let follows = p.taps.len() == num_taps;
+        let follows = taps.len() == num_taps;
         let pixels: Vec<_> = rows
             .flat_map(|row| pixels.clone().map(move |pixel| (row, pixel)))
             .map(|(row, pixel)| Row {

@@ -83,7 +83,8 @@ struct Maps<'a> {
     dy: &'a [f32],
 }
 
-const PRIVATE_FLOATS: usize = POINTS * 128 * 128;
+/// Floats of sums that a part has for itself: with its tiles they stay in the second-level cache.
+const PRIVATE_FLOATS: usize = POINTS * 64 * 128;
 const PART_TILES: usize = 128;
 const MAX_PARTS: usize = 16;
 
@@ -267,6 +268,9 @@ impl Kernel for GradientPart<'_> {
     }
 }
 
+/// Pairs of an input and an output channel for which the matrix unit multiplies: with fewer, packing costs more than it
+/// saves.
+const MIN_UNIT_PAIRS: usize = 128 * 256;
 /// Tiles transformed before the points are summed, when all tiles share the sums.
 const SHARED_CHUNK_TILES: usize = 256;
 
@@ -277,7 +281,7 @@ fn sum_by_points(isa: Isa, shape: Shape, maps: Maps, sums: &mut [f32]) {
     let mut tiles = GradientTiles::new(shape, capacity);
     let view = TilesView {
         group_blocks: isa.group_blocks(),
-        matrices: isa.matrices(),
+        matrices: isa.matrices() && shape.i * shape.o >= MIN_UNIT_PAIRS,
         inputs: Shared::new(&mut tiles.inputs),
         outputs: Shared::new(&mut tiles.outputs),
         input_point: tiles.input_point,

@@ -156,7 +156,7 @@ mod tests {
     /// Both ways to sum weight gradients over many tiles: several parts, and all tiles by points in several rounds.
     #[test]
     fn weight_gradients_of_many_tiles_agree_with_the_direct_form() {
-        for (n, i, o, h, w) in [(2, 16, 32, 41, 43), (5, 160, 144, 29, 30), (3, 160, 128, 29, 31)] {
+        for (n, i, o, h, w) in [(2, 16, 32, 41, 43), (5, 160, 144, 29, 30), (5, 160, 224, 29, 30)] {
             let (x, dy) = (normal(n * i * h * w, 1), normal(n * o * h * w, 2));
             let geometry = Geometry {
                 n,
@@ -189,8 +189,8 @@ mod tests {
             },
             Shape {
                 n: 2,
-                i: 144,
-                o: 144,
+                i: 192,
+                o: 192,
                 h: 7,
                 w: 9,
             },
