@@ -84,7 +84,7 @@ struct Maps<'a> {
 }
 
 /// Floats of sums that a part has for itself: with its tiles they stay in the second-level cache.
-const PRIVATE_FLOATS: usize = POINTS * 64 * 128;
+const PRIVATE_FLOATS: usize = POINTS * 64 * 64;
 const PART_TILES: usize = 128;
 const MAX_PARTS: usize = 16;
 
