@@ -49,7 +49,9 @@ impl Buffer {
     /// Takes a buffer of `length` floats with unspecified values.
     pub(crate) fn take(length: usize) -> Self {
         let wanted = size_class(length * size_of::<f32>());
-        let memory = Spares::take(wanted)
+        let spare = SPARES.try_with(|spares| spares.borrow_mut().take(wanted));
+        let memory = spare
+            .unwrap_or_default()
             .or_else(|| state().take(wanted))
             .unwrap_or_else(|| Memory::new(wanted));
         Self {
@@ -96,7 +98,12 @@ impl std::ops::DerefMut for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Some(memory) = self.memory.take().and_then(Spares::keep) {
+        let mut memory = self.memory.take();
+        // A thread at its end keeps none.
+        let _ = SPARES.try_with(|spares| {
+            memory = memory.take().and_then(|memory| spares.borrow_mut().keep(memory));
+        });
+        if let Some(memory) = memory {
             // Given back to the system after the pool is unlocked.
             let _surplus = state().give(memory);
         }
@@ -221,40 +228,30 @@ thread_local! {
 }
 
 impl Spares {
-    /// What this thread has for `wanted` bytes, if it still has anything.
-    fn take(wanted: usize) -> Option<Memory> {
-        let find = |spares: &RefCell<Self>| {
-            let spares = &mut spares.borrow_mut().0;
-            let fits = |memory: &Memory| fitting(wanted).contains(&memory.capacity);
-            let latest = spares.iter().rposition(fits)?;
-            spares.remove(latest)
-        };
-        SPARES.try_with(find).ok().flatten()
+    fn take(&mut self, wanted: usize) -> Option<Memory> {
+        let fits = |memory: &Memory| fitting(wanted).contains(&memory.capacity);
+        let latest = self.0.iter().rposition(fits)?;
+        self.0.remove(latest)
     }
 
-    /// Keeps small memory, for which the longest unused has to go; returns what goes.
-    fn keep(memory: Memory) -> Option<Memory> {
+    /// Keeps small memory, for which the longest unused may have to go; returns what goes.
+    fn keep(&mut self, memory: Memory) -> Option<Memory> {
         if memory.capacity > SPARE {
             return Some(memory);
         }
-        let mut memory = Some(memory);
-        // A thread at its end keeps none.
-        let _ = SPARES.try_with(|spares| {
-            let spares = &mut spares.borrow_mut().0;
-            spares.extend(memory.take());
-            if spares.len() > MAX_SPARES {
-                memory = spares.pop_front();
-            }
-        });
-        memory
+        self.0.push_back(memory);
+        (self.0.len() > MAX_SPARES).then(|| self.0.pop_front()).flatten()
+    }
+
+    /// Gives all to the pool; returns its surplus.
+    fn leave(&mut self, state: &mut State) -> Vec<Memory> {
+        self.0.drain(..).flat_map(|memory| state.give(memory)).collect()
     }
 }
 
 impl Drop for Spares {
     fn drop(&mut self) {
-        for memory in self.0.drain(..) {
-            let _surplus = state().give(memory);
-        }
+        let _surplus = self.leave(&mut state());
     }
 }
 
@@ -395,34 +392,41 @@ mod tests {
 
     #[test]
     fn threads_keep_a_few_small_buffers_and_leave_them_to_the_pool() {
-        const LENGTH: usize = 12_345;
-        let of_thread = || {
-            let buffer = Buffer::take(LENGTH);
-            let address = buffer.as_ptr() as usize;
-            drop(buffer);
-            assert_eq!(Buffer::take(LENGTH).as_ptr() as usize, address);
-            for length in (1..=MAX_SPARES).map(|index| index * 1000) {
-                drop(Buffer::take(length));
-            }
-            assert!(
-                Spares::take(size_class(LENGTH * 4)).is_none(),
-                "the longest unused"
-            );
-            assert!(Spares::keep(Memory::new(2 * SPARE)).is_some(), "too large");
-            address
+        let (mut state, mut spares) = (State::default(), Spares::default());
+        let new = |state: &mut State, capacity| {
+            assert!(state.take(capacity).is_none());
+            Memory::new(capacity)
         };
-        let address = std::thread::spawn(of_thread).join().expect("a thread");
-        // What the thread left serves others, under the lock and from then on without.
-        let kept = |state: &State| {
-            let class = state.kept.get(&size_class(LENGTH * 4));
-            class.is_some_and(|class| {
-                class
-                    .iter()
-                    .any(|memory| memory.start.as_ptr() as usize == address)
-            })
+        let large = new(&mut state, 2 * SPARE);
+        let large = spares.keep(large).expect("too large");
+        assert!(state.give(large).is_empty());
+
+        let memory = new(&mut state, 1280);
+        assert!(spares.keep(memory).is_none());
+        assert!(spares.take(1344).is_none() && spares.take(960).is_none());
+        let memory = spares.take(1024).expect("a fitting one");
+        assert!(spares.keep(memory).is_none());
+        for index in 1..MAX_SPARES {
+            let memory = new(&mut state, (1 + index) * 4096);
+            assert!(spares.keep(memory).is_none());
+        }
+        let memory = new(&mut state, 64);
+        let oldest = spares.keep(memory).expect("the longest unused");
+        assert_eq!(oldest.capacity, 1280);
+        assert!(state.give(oldest).is_empty());
+
+        assert!(spares.leave(&mut state).is_empty());
+        assert_eq!(state.bytes_in_use, 0);
+        assert!(state.take(8192).is_some() && state.take(64).is_some());
+    }
+
+    #[test]
+    fn a_thread_takes_again_what_it_dropped() {
+        let again = || {
+            let address = Buffer::take(12_345).as_ptr() as usize;
+            assert_eq!(Buffer::take(12_345).as_ptr() as usize, address);
         };
-        assert!(kept(&state()));
-        assert!(SPARES.with(|spares| spares.borrow().0.is_empty()));
+        std::thread::spawn(again).join().expect("a thread");
     }
 
     #[test]
