@@ -268,7 +268,7 @@ impl Kernel for GradientPart<'_> {
     }
 }
 
-/// Pairs of an input and an output channel for which the matrix unit multiplies: with fewer, packing costs more than it
+/// Pairs of an input and an output channel for which the matrix unit multiplies: with fewer, packing costs about what it
 /// saves.
 const MIN_UNIT_PAIRS: usize = 128 * 256;
 /// Tiles transformed before the points are summed, when all tiles share the sums.
