@@ -220,8 +220,8 @@ struct Spares(VecDeque<Memory>);
 
 /// Buffers that a thread keeps, at most.
 const MAX_SPARES: usize = 8;
-/// Bytes of the largest of them.
-const SPARE: usize = 256 << 10;
+/// Bytes of the largest of them: packed operands of the matrix unit take 480 KiB.
+const SPARE: usize = 512 << 10;
 
 thread_local! {
     static SPARES: RefCell<Spares> = RefCell::default();

@@ -13,7 +13,6 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
-use std::cell::Cell;
 use std::sync::OnceLock;
 
 use super::lanes::{Avx512, Lanes};
@@ -108,8 +107,7 @@ pub(super) unsafe fn multiply(
     // Tiles of a square: two for rows of A, which take turns, and one for each square of columns of B.
     let packed = total.min(INNER).div_ceil(STEP) * SQUARE_TILES;
     let size = (2 + column_squares) * packed;
-    let kept = SCRATCH.take().filter(|kept| kept.len() >= size);
-    let mut scratch = kept.unwrap_or_else(|| Buffer::take(size));
+    let mut scratch = Buffer::take(size);
     let left = scratch.as_mut_ptr();
     let right = left.wrapping_add(2 * packed);
     let mut terms = Terms::new(runs, strides);
@@ -139,12 +137,6 @@ pub(super) unsafe fn multiply(
         }
         release();
     }
-    SCRATCH.set(Some(scratch));
-}
-
-thread_local! {
-    /// Room for packed operands, kept from product to product: some are smaller than what the pool's lock costs.
-    static SCRATCH: Cell<Option<Buffer>> = const { Cell::new(None) };
 }
 
 /// Bytes from the start of packed rows of A to each step.

@@ -786,9 +786,11 @@ pub(crate) fn weight_gradient(
     };
     // With zeros to make its rows as long as the input's, all pixels of a picture are one run, whatever the tap; where
     // few sums are made of each pixel, copying it costs more than short runs.
-    let padding = phases.source.w - ow;
-    let joined = padding == 0 || g.taps() * inputs >= MIN_JOINED_SUMS;
-    let padding = if joined { padding } else { 0 };
+    let padding = if g.taps() * inputs >= MIN_JOINED_SUMS {
+        phases.source.w - ow
+    } else {
+        0
+    };
     let dy = source(isa, dy, None, [oh, ow], [0; 2], [0, padding]);
 
     // Sums are `[part][group of outputs][tap][input][output]`: those of a task lie together. The parts depend on the shape

@@ -83,7 +83,7 @@ struct Maps<'a> {
     dy: &'a [f32],
 }
 
-/// Floats of sums that a part has for itself: with its tiles they stay in the second-level cache.
+/// Floats of sums that a part has for itself: with its tiles they stay in a second-level cache of 2 MiB.
 const PRIVATE_FLOATS: usize = POINTS * 64 * 64;
 const PART_TILES: usize = 128;
 const MAX_PARTS: usize = 16;
