@@ -7,7 +7,7 @@ use burn_flex::FlexTensor;
 
 use crate::backend::{Function, apply2, apply4, apply5, dims, tensor, values};
 use crate::feature_map::Blocks;
-use crate::kept::{Kept, WeakKept};
+use crate::kept::{Activations, Kept, WeakKept};
 use crate::kernels::direct::{self, Geometry};
 use crate::kernels::load::Load;
 use crate::kernels::winograd::{self, Shape, Tile};
@@ -72,6 +72,7 @@ pub fn conv2d(x: FeatureMap, weight: Tensor<4>, options: Conv2dOptions) -> Featu
     let (x, input, kept) = (x.tensor, x.kept, Kept::default());
     let convolution = Convolution {
         options,
+        rounded: Activations::current().bf16,
         path: pending.as_ref().and_then(Pending::path),
         input,
         output: kept.downgrade(),
@@ -98,6 +99,8 @@ pub fn conv2d(x: FeatureMap, weight: Tensor<4>, options: Conv2dOptions) -> Featu
 #[derive(Clone, Debug)]
 struct Convolution {
     options: Conv2dOptions,
+    /// Whether the input waits for the backward pass as bfloat16.
+    rounded: bool,
     path: Option<GradientPath>,
     input: Kept,
     output: WeakKept,
@@ -130,6 +133,15 @@ impl Convolution {
             kernel: [kh, kw],
             stride,
             padding,
+        }
+    }
+
+    /// What a training step computes on.
+    fn isa(&self) -> Isa {
+        if self.rounded {
+            Isa::best().for_rounded()
+        } else {
+            Isa::best()
         }
     }
 
@@ -173,6 +185,7 @@ impl Convolution {
     /// The output by an algorithm; `prepare` makes the weight ready for a kernel.
     fn output(
         &self,
+        isa: Isa,
         algorithm: Algorithm,
         x: &FlexTensor,
         load: Option<Load>,
@@ -182,7 +195,7 @@ impl Convolution {
         let geometry = self.geometry(x, weight);
         let ([oh, ow], blocks) = (geometry.outputs(), geometry.o.div_ceil(BLOCK));
         let mut y = Buffer::take(geometry.n * blocks * oh * ow * BLOCK);
-        let (isa, from) = (Isa::best(), values(x));
+        let from = values(x);
         match algorithm {
             Algorithm::Winograd(shape, tile) => {
                 let prepared = prepare(Form::Winograd(tile), &|weight| {
@@ -205,7 +218,7 @@ impl Convolution {
     fn fresh(&self, x: &FlexTensor, load: Option<Load>, weight: &FlexTensor) -> FlexTensor {
         let algorithm = self.algorithm(self.geometry(x, weight));
         let prepare = |_, prepare: &dyn Fn(&[f32]) -> Buffer| Arc::new(prepare(values(weight)));
-        self.output(algorithm, x, load, weight, prepare)
+        self.output(self.isa(), algorithm, x, load, weight, prepare)
     }
 
     /// The output where a gradient will be asked for, and what the tape keeps.
@@ -233,7 +246,7 @@ impl Convolution {
             return self.fresh(x, load, weight);
         }
         let algorithm = self.algorithm_prepared(self.geometry(x, weight));
-        self.output(algorithm, x, load, weight, |form, prepare| {
+        self.output(Isa::best(), algorithm, x, load, weight, |form, prepare| {
             prepared(weight, form, prepare)
         })
     }
@@ -248,7 +261,7 @@ impl Convolution {
         [of_x, of_weight]: [bool; 2],
     ) -> [Option<FlexTensor>; 2] {
         let geometry = self.geometry(x, weight);
-        let (isa, algorithm) = (Isa::best(), self.algorithm(geometry));
+        let (isa, algorithm) = (self.isa(), self.algorithm(geometry));
         let (from, taps, gradient) = (values(x), values(weight), values(dy));
         let dw = of_weight.then(|| {
             let mut dw = Buffer::take(taps.len());
@@ -404,6 +417,7 @@ mod tests {
     fn same3x3_of_many_tiles_takes_winograds_form() {
         let convolution = Convolution {
             options: Conv2dOptions::same3x3(),
+            rounded: false,
             path: None,
             input: Kept::default(),
             output: Kept::default().downgrade(),

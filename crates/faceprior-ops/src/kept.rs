@@ -18,7 +18,8 @@ use crate::pool::Buffer;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Activations {
     /// Rounds them to bfloat16, which halves their memory: gradients then belong to rounded activations. The forward
-    /// pass does not change.
+    /// pass does not change but on the matrix unit, which then takes 17 of a float's 24 bits: outputs and gradients are
+    /// off by 5·10⁻⁶ there (root mean square, relative), in Winograd's form by 2·10⁻⁵.
     pub bf16: bool,
     /// Keeps the outputs of most convolutions not at all: the backward pass computes them again. Without
     /// [`bf16`](Self::bf16) no bit of a result changes.
@@ -42,7 +43,7 @@ impl Activations {
         forward()
     }
 
-    fn current() -> Self {
+    pub(crate) fn current() -> Self {
         ACTIVATIONS.get()
     }
 }
@@ -246,14 +247,20 @@ mod tests {
     }
 
     #[test]
-    fn rounding_moves_gradients_a_little_and_the_value_not() {
+    fn rounding_moves_gradients_a_little_and_the_value_at_most_on_the_matrix_unit() {
         let plain = run(Activations::default());
         for recompute in [false, true] {
             let rounded = run(Activations {
                 bf16: true,
                 recompute,
             });
-            assert_eq!(rounded[0], plain[0]);
+            let moved = (rounded[0][0] - plain[0][0]).abs();
+            let most = if Isa::best().matrices().is_some() {
+                1e-5 * plain[0][0].abs()
+            } else {
+                0.0
+            };
+            assert!(moved <= most, "the value moved by {moved}");
             for (got, expected) in rounded.iter().zip(&plain).skip(1) {
                 let norm = |values: &mut dyn Iterator<Item = f32>| {
                     values.map(|value| f64::from(value).powi(2)).sum::<f64>().sqrt()

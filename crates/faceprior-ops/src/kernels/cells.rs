@@ -7,20 +7,21 @@
 
 use std::ops::Range;
 
-use super::amx::{self, CELL, SQUARE, SQUARE_TILES};
+use super::amx::{self, SQUARE};
 use super::direct::Outputs;
-use super::lanes::{Isa, Kernel, Lanes};
+use super::lanes::{Isa, Kernel, Lanes, Parts};
 use super::load::{AsIs, Load, Read};
 use super::weights::{Columns, WeightShape, WeightTile};
 use super::{BLOCK, Shared, parallel};
 use crate::pool::Buffer;
 
-/// Whether a convolution should be computed here. Each pixel of the source takes part in `taps` products with each of the
+/// The parts of floats where a convolution should be computed here. Each pixel of the source takes part in `taps` products with each of the
 /// columns, spread over `stride`·`stride` pixels: with few of them, as in every 1×1 convolution, splitting it costs more
 /// than the unit saves. With few channels half of each cell would be empty.
-pub(super) fn suits(isa: Isa, inner: usize, columns: usize, taps: usize, stride: usize) -> bool {
+pub(super) fn parts(isa: Isa, [inner, columns]: [usize; 2], taps: usize, stride: usize) -> Option<Parts> {
     let worthwhile = taps > 1 && taps * columns >= MIN_PRODUCTS * stride * stride;
-    isa.matrices() && inner > BLOCK && columns > BLOCK && worthwhile
+    isa.matrices()
+        .filter(|_| inner > BLOCK && columns > BLOCK && worthwhile)
 }
 
 /// Products of a pixel of the source that pay for its being split.
@@ -29,6 +30,7 @@ const MIN_PRODUCTS: usize = 144;
 /// Where the cells of a source lie: `[picture][pair of blocks][row modulo stride][row][column]`.
 #[derive(Clone, Copy)]
 pub(super) struct Grid {
+    parts: Parts,
     pictures: usize,
     blocks: usize,
     size: [usize; 2],
@@ -43,6 +45,7 @@ pub(super) struct Grid {
 impl Grid {
     /// A grid for maps of `size` within borders, of whose rows and columns every `stride`-th belongs to an output.
     pub(super) fn new(
+        parts: Parts,
         [pictures, blocks]: [usize; 2],
         size: [usize; 2],
         before: [usize; 2],
@@ -56,6 +59,7 @@ impl Grid {
             before[1] + after[1]
         };
         Self {
+            parts,
             pictures,
             blocks,
             size,
@@ -86,9 +90,14 @@ impl Grid {
         0..self.before[0] + self.size[0] + self.after[0]
     }
 
+    /// Floats of a cell.
+    fn cell(self) -> usize {
+        amx::cell(self.parts)
+    }
+
     /// Floats of the cells of some pictures: the last square of a plane reaches beyond it.
     fn floats(self, pictures: usize) -> usize {
-        (pictures * self.pairs() * self.plane() + SQUARE * self.stride) * CELL
+        (pictures * self.pairs() * self.plane() + SQUARE * self.stride) * self.cell()
     }
 
     /// Splits maps `[N, blocks, H, W, 16]` into cells.
@@ -102,7 +111,7 @@ impl Grid {
                 maps,
                 plane,
                 rows: self.all_rows(),
-                to: to.at(plane * self.plane() * CELL),
+                to: to.at(plane * self.plane() * self.cell()),
             });
         });
         split
@@ -171,34 +180,46 @@ impl Kernel for SplitRows<'_> {
                 } else {
                     cells.fill(0.0);
                 }
-                let to = self.to.wrapping_add(grid.offset(row, 0) * CELL);
-                amx::split_cells(cells.as_ptr(), grid.columns, to);
+                let to = self.to.wrapping_add(grid.offset(row, 0) * grid.cell());
+                amx::split_cells(grid.parts, cells.as_ptr(), grid.columns, to, grid.cell());
             }
         }
         if self.rows.end == grid.all_rows().end {
             cells.fill(0.0);
             let end = grid.plane() - grid.after[1];
             // SAFETY: as above.
-            unsafe { amx::split_cells(cells.as_ptr(), grid.after[1], self.to.wrapping_add(end * CELL)) };
+            unsafe {
+                let to = self.to.wrapping_add(end * grid.cell());
+                amx::split_cells(grid.parts, cells.as_ptr(), grid.after[1], to, grid.cell());
+            }
         }
     }
 }
 
 /// Packs some taps of a weight as the unit's tiles, `[pair of column blocks][pair of inner blocks][tap]`.
-pub(super) fn pack(isa: Isa, weight: &[f32], shape: WeightShape, side: Columns, taps: &[usize]) -> Buffer {
+pub(super) fn pack(
+    isa: Isa,
+    parts: Parts,
+    weight: &[f32],
+    shape: WeightShape,
+    side: Columns,
+    taps: &[usize],
+) -> Buffer {
     let (columns, inner) = side.sides(shape);
     let (pairs, inner_pairs) = (columns.div_ceil(SQUARE), inner.div_ceil(SQUARE));
-    let mut tiles = Buffer::take(pairs * inner_pairs * taps.len() * SQUARE_TILES);
+    let square = taps.len() * amx::square_tiles(parts);
+    let mut tiles = Buffer::take(pairs * inner_pairs * square);
     let to = Shared::new(&mut tiles);
     parallel(pairs * inner_pairs, |task| {
         isa.run(PackSquare {
+            parts,
             weight,
             shape,
             side,
             taps,
             pair: task / inner_pairs,
             inner_pair: task % inner_pairs,
-            to: to.at(task * taps.len() * SQUARE_TILES),
+            to: to.at(task * square),
         });
     });
     tiles
@@ -206,6 +227,7 @@ pub(super) fn pack(isa: Isa, weight: &[f32], shape: WeightShape, side: Columns, 
 
 /// Two blocks of columns of two of the inner side.
 struct PackSquare<'a> {
+    parts: Parts,
     weight: &'a [f32],
     shape: WeightShape,
     side: Columns,
@@ -243,7 +265,10 @@ impl Kernel for PackSquare<'_> {
         for place in 0..self.taps.len() {
             let square = squares.as_ptr().wrapping_add(place * SQUARE * SQUARE);
             // SAFETY: the caller promises the instructions and a unit; this task alone writes these tiles.
-            unsafe { amx::pack_square(square, self.to.wrapping_add(place * SQUARE_TILES)) };
+            unsafe {
+                let to = self.to.wrapping_add(place * amx::square_tiles(self.parts));
+                amx::pack_square(self.parts, square, to);
+            }
         }
     }
 }
@@ -285,7 +310,7 @@ impl Product<'_> {
         let taps: Vec<_> = taps.collect();
         let steps: Vec<_> = (0..grid.pairs())
             .flat_map(|pair| taps.iter().map(move |tap| pair * grid.plane() + tap))
-            .map(|cell| cell * CELL * size_of::<f32>())
+            .map(|cell| cell * grid.cell() * size_of::<f32>())
             .collect();
         assert!(self.outputs.pixels <= self.pitch(), "outputs that would overlap");
         let squares = grid.pictures * self.picture_squares();
@@ -331,13 +356,13 @@ impl Product<'_> {
         let mut cells = Buffer::take(grid.floats(last + 1 - first));
         let to = Shared::new(&mut cells);
         for plane in first * grid.pairs()..(last + 1) * grid.pairs() {
-            let at = (plane - first * grid.pairs()) * grid.plane() * CELL;
+            let at = (plane - first * grid.pairs()) * grid.plane() * grid.cell();
             isa.run(SplitRows {
                 grid,
                 maps,
                 plane,
                 rows: rows.clone(),
-                to: to.at(at).wrapping_sub(before * CELL),
+                to: to.at(at).wrapping_sub(before * grid.cell()),
             });
         }
         (cells, first * grid.pairs() * grid.plane() + before)
@@ -358,16 +383,16 @@ impl Product<'_> {
         for (row, square) in rows.iter_mut().zip(squares.clone()) {
             let (picture, first) = (square / of_picture, square % of_picture * SQUARE);
             let cell = picture * picture_cells + first * self.grid.stride - before;
-            *row = cells.as_ptr().wrapping_add(cell * CELL);
+            *row = cells.as_ptr().wrapping_add(cell * self.grid.cell());
         }
         let rows = &rows[..squares.len()];
-        let tiles = steps.len() * SQUARE_TILES;
+        let tiles = steps.len() * amx::square_tiles(self.grid.parts);
         let weight = &self.weight[pairs.start * tiles..pairs.end * tiles];
         let mut sums = Buffer::take(squares.len() * pairs.len() * SQUARE * SQUARE);
         // SAFETY: there is a unit, or nobody would have packed the weight; every tap of every output lies inside the
         // cells, and tasks write disjoint pixels and channels of `y`.
         unsafe {
-            amx::multiply_cells(rows, self.grid.stride, steps, weight, &mut sums);
+            amx::multiply_cells(self.grid.parts, rows, self.grid.stride, steps, weight, &mut sums);
             for (square, sums) in squares.zip(sums.chunks_exact(pairs.len() * SQUARE * SQUARE)) {
                 let (picture, first) = (square / of_picture, square % of_picture * SQUARE);
                 for (pair, sums) in pairs.clone().zip(sums.chunks_exact(SQUARE * SQUARE)) {

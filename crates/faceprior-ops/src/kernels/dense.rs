@@ -197,7 +197,7 @@ impl Kernel for Columns<'_> {
                 b_inner: columns,
                 b_block: BLOCK,
                 c_block: BLOCK,
-                matrices: false,
+                matrices: None,
                 b_follows: false,
             },
         );

@@ -2,12 +2,30 @@
 
 use std::sync::OnceLock;
 
+/// How many bfloat16 stand for a float on the matrix unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Parts {
+    /// 17 of its 24 bits, and half as many products: see `amx.rs`.
+    Two,
+    /// All of its bits.
+    Three,
+}
+
+impl Parts {
+    pub(crate) const fn count(self) -> usize {
+        match self {
+            Self::Two => 2,
+            Self::Three => 3,
+        }
+    }
+}
+
 /// An instruction set that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Isa {
-    /// AVX-512F, and products on the matrix unit AMX.
+    /// AVX-512F, and products on the matrix unit AMX, of factors in so many parts.
     #[cfg(target_arch = "x86_64")]
-    Amx,
+    Amx(Parts),
     /// AVX-512F: one register holds sixteen floats.
     #[cfg(target_arch = "x86_64")]
     Avx512,
@@ -58,7 +76,7 @@ impl Isa {
     pub(crate) fn name(self) -> &'static str {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Amx => "amx",
+            Self::Amx(_) => "amx",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
@@ -72,7 +90,7 @@ impl Isa {
         let mut sets = Vec::new();
         #[cfg(target_arch = "x86_64")]
         if super::amx::available() {
-            sets.push(Self::Amx);
+            sets.push(Self::Amx(Parts::Three));
         }
         #[cfg(target_arch = "x86_64")]
         {
@@ -90,15 +108,25 @@ impl Isa {
     /// Blocks of sixteen columns that one task multiplies by: enough that the left operand, read once for each register
     /// tile, comes from far away only once; more where it is packed first.
     pub(crate) fn group_blocks(self) -> usize {
-        if self.matrices() { 16 } else { 4 }
+        if self.matrices().is_some() { 16 } else { 4 }
     }
 
-    /// Whether products of matrices go to a unit of their own.
-    pub(crate) fn matrices(self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return self == Self::Amx;
-        #[cfg(not(target_arch = "x86_64"))]
-        false
+    /// Where products of matrices go to a unit of their own, the parts of their factors.
+    pub(crate) fn matrices(self) -> Option<Parts> {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(parts) => Some(parts),
+            _ => None,
+        }
+    }
+
+    /// The same for operands that went through bfloat16: what two parts leave out is far less than they lost there.
+    pub(crate) fn for_rounded(self) -> Self {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(_) => Self::Amx(Parts::Two),
+            other => other,
+        }
     }
 
     /// Runs a kernel compiled for this instruction set.
@@ -106,7 +134,7 @@ impl Isa {
         match self {
             // SAFETY: values of `Isa` other than `Portable` come from `available`, which asks the processor.
             #[cfg(target_arch = "x86_64")]
-            Self::Amx | Self::Avx512 => unsafe { x86::run_avx512(kernel) },
+            Self::Amx(_) | Self::Avx512 => unsafe { x86::run_avx512(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => unsafe { x86::run_avx2(kernel) },

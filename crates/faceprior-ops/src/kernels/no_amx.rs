@@ -1,10 +1,17 @@
 //! Processors that cannot have the matrix unit of `amx.rs`: it is never there, so nothing else here is ever called.
 
+use super::lanes::Parts;
 use super::tile::{Row, Runs, Strides};
 
 pub(super) const SQUARE: usize = 32;
-pub(super) const CELL: usize = 48;
-pub(super) const SQUARE_TILES: usize = SQUARE * CELL;
+
+pub(super) const fn cell(parts: Parts) -> usize {
+    parts.count() * 16
+}
+
+pub(super) const fn square_tiles(parts: Parts) -> usize {
+    SQUARE * cell(parts)
+}
 
 const ABSENT: &str = "a matrix unit that is not there";
 
@@ -25,14 +32,21 @@ pub(super) unsafe fn multiply(
     unreachable!("{ABSENT}")
 }
 
-pub(super) unsafe fn multiply_cells(_: &[*const f32], _: usize, _: &[usize], _: &[f32], _: &mut [f32]) {
+pub(super) unsafe fn multiply_cells(
+    _: Parts,
+    _: &[*const f32],
+    _: usize,
+    _: &[usize],
+    _: &[f32],
+    _: &mut [f32],
+) {
     unreachable!("{ABSENT}")
 }
 
-pub(super) unsafe fn split_cells(_: *const f32, _: usize, _: *mut f32) {
+pub(super) unsafe fn split_cells(_: Parts, _: *const f32, _: usize, _: *mut f32, _: usize) {
     unreachable!("{ABSENT}")
 }
 
-pub(super) unsafe fn pack_square(_: *const f32, _: *mut f32) {
+pub(super) unsafe fn pack_square(_: Parts, _: *const f32, _: *mut f32) {
     unreachable!("{ABSENT}")
 }

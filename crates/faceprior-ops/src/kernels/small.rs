@@ -196,7 +196,7 @@ impl Kernel for Convolve<'_> {
             b_inner: width,
             b_block: BLOCK,
             c_block: BLOCK,
-            matrices: false,
+            matrices: None,
             b_follows: false,
         };
         let ends = BiasAndPrelu {

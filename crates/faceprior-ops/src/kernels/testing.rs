@@ -4,8 +4,18 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-use super::BLOCK;
 use super::direct::Geometry;
+use super::{BLOCK, Isa};
+
+/// Every instruction set of this processor, and the matrix unit in two parts.
+pub(crate) fn instruction_sets() -> Vec<Isa> {
+    let mut sets = Isa::available();
+    let rounded = sets[0].for_rounded();
+    if rounded != sets[0] {
+        sets.push(rounded);
+    }
+    sets
+}
 
 /// Standard-normal values, the same for the same seed.
 pub(crate) fn normal(count: usize, seed: u64) -> Vec<f32> {

@@ -2,7 +2,7 @@
 
 use super::BLOCK;
 use super::amx;
-use super::lanes::{Kernel, Lanes};
+use super::lanes::{Kernel, Lanes, Parts};
 use super::panel::Panel;
 
 /// Rows of a register tile of several blocks: with four, 24 of AVX-512's 32 registers accumulate. A tile of one block has
@@ -24,8 +24,8 @@ pub(crate) struct Strides {
     pub(crate) b_block: usize,
     /// Between blocks of sixteen columns of C.
     pub(crate) c_block: usize,
-    /// Whether the product may be for the processor's matrix unit.
-    pub(crate) matrices: bool,
+    /// Where the product may be for the processor's matrix unit, the parts of its factors.
+    pub(crate) matrices: Option<Parts>,
     /// Whether what is multiplied next lies in memory behind each part of a block of B: then it is asked for while that
     /// part is at work.
     pub(crate) b_follows: bool,
@@ -113,7 +113,7 @@ pub(crate) unsafe fn multiply<L: Lanes>(
     c: *mut f32,
     accumulate: bool,
 ) {
-    if strides.matrices && amx::suits(rows, blocks, runs, strides) {
+    if strides.matrices.is_some() && amx::suits(rows, blocks, runs, strides) {
         // SAFETY: the caller's promise.
         unsafe { amx::multiply(rows, blocks, runs, strides, a, b, c, accumulate) };
         return;
@@ -198,7 +198,7 @@ pub(crate) unsafe fn multiply_panel<L: Lanes>(
         b_inner: BLOCK,
         b_block: shape.block(),
         c_block,
-        matrices: false,
+        matrices: None,
         b_follows: follows,
     };
     let b = panel.wrapping_add(shape.start(first_block));

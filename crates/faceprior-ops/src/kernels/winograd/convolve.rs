@@ -16,7 +16,7 @@ use super::super::weights::{Columns, WeightShape, WeightTile};
 use super::super::{Shared, parallel};
 use super::matrices::{Four, Matrices, Two};
 use super::tiles::{transform_input, transform_output};
-use super::{BLOCK, Shape, Tile};
+use super::{BLOCK, Shape, Tile, unit};
 use crate::pool::Buffer;
 
 /// The weight of a convolution, `[O, I, 3, 3]`, at the points of the tiles: what [`forward`] multiplies by.
@@ -27,6 +27,7 @@ pub(crate) fn prepare(isa: Isa, shape: Shape, tile: Tile, weight: &[f32]) -> Buf
         columns: Columns::Outputs,
     };
     match tile {
+        Tile::Four if unit::suits(isa, shape) => unit::prepare(isa, taps),
         Tile::Two => transform_weight::<Two, 2, 4>(isa, taps),
         Tile::Four => transform_weight::<Four, 4, 6>(isa, taps),
     }
@@ -43,6 +44,7 @@ pub(crate) fn forward(
     y: &mut [f32],
 ) {
     match tile {
+        Tile::Four if unit::suits(isa, shape) => unit::convolve(isa, shape, prepared, x, load, y),
         Tile::Two => convolve::<Two, 2, 4>(isa, shape, prepared, x, load, y),
         Tile::Four => convolve::<Four, 4, 6>(isa, shape, prepared, x, load, y),
     }
@@ -60,16 +62,57 @@ pub(crate) fn data_gradient(isa: Isa, shape: Shape, dy: &[f32], weight: &[f32], 
         o: shape.i,
         ..shape
     };
-    let weight = transform_weight::<Four, 4, 6>(isa, taps);
-    convolve::<Four, 4, 6>(isa, flipped, &weight, dy, None, dx);
+    if unit::suits(isa, flipped) {
+        unit::convolve(isa, flipped, &unit::prepare(isa, taps), dy, None, dx);
+    } else {
+        let weight = transform_weight::<Four, 4, 6>(isa, taps);
+        convolve::<Four, 4, 6>(isa, flipped, &weight, dy, None, dx);
+    }
 }
 
 /// A weight, and the side of it that is the convolution's output.
 #[derive(Clone, Copy)]
-struct Taps<'a> {
-    weight: &'a [f32],
-    shape: WeightShape,
-    columns: Columns,
+pub(super) struct Taps<'a> {
+    pub(super) weight: &'a [f32],
+    pub(super) shape: WeightShape,
+    pub(super) columns: Columns,
+}
+
+impl Taps<'_> {
+    /// `G g Gᵀ` of a row of sixteen kernels of a tile of the weight, one value per point at distances of `point`.
+    ///
+    /// # Safety
+    /// Instructions of `L`; `to` has room for the points.
+    #[inline(always)]
+    pub(super) unsafe fn transform<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
+        self,
+        tile: &mut WeightTile,
+        lane: usize,
+        to: *mut f32,
+        point: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut half = [[L::zero(); 3]; E];
+            for column in 0..3 {
+                let mut g = [L::zero(); 3];
+                for (row, g) in g.iter_mut().enumerate() {
+                    let tap = row * 3 + column;
+                    let flipped = self.columns == Columns::Inputs;
+                    let tap = if flipped { 8 - tap } else { tap };
+                    *g = L::load(self.columns.row(tile, lane, tap));
+                }
+                for (row, value) in M::kernel_to_points(g).into_iter().enumerate() {
+                    half[row][column] = value;
+                }
+            }
+            for (row, half) in half.into_iter().enumerate() {
+                for (column, value) in M::kernel_to_points(half).into_iter().enumerate() {
+                    value.store(to.wrapping_add((row * E + column) * point));
+                }
+            }
+        }
+    }
 }
 
 fn convolve<M: Matrices<T, E>, const T: usize, const E: usize>(
@@ -179,11 +222,7 @@ impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for WeightBlocks<
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
-            taps: Taps {
-                weight,
-                shape,
-                columns,
-            },
+            taps,
             panel,
             point,
             to,
@@ -191,33 +230,15 @@ impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for WeightBlocks<
             in_block,
             ..
         } = self;
-        let mut tile = WeightTile::new(shape);
+        let mut tile = WeightTile::new(taps.shape);
         for block in group * GROUP..panel.blocks.min((group + 1) * GROUP) {
             // SAFETY: the caller promises the instructions.
-            unsafe { columns.read::<L>(&mut tile, weight, block, in_block) };
+            unsafe { taps.columns.read::<L>(&mut tile, taps.weight, block, in_block) };
             for lane in 0..BLOCK {
                 let to = to.at(panel.start(block) + (in_block * BLOCK + lane) * BLOCK);
                 // SAFETY: the caller promises the instructions. This task alone writes the columns of its group in
                 // the rows of its input block, which lie inside the buffer by its size.
-                unsafe {
-                    let mut half = [[L::zero(); 3]; E];
-                    for column in 0..3 {
-                        let mut g = [L::zero(); 3];
-                        for (row, g) in g.iter_mut().enumerate() {
-                            let tap = row * 3 + column;
-                            let tap = if columns == Columns::Inputs { 8 - tap } else { tap };
-                            *g = L::load(columns.row(&mut tile, lane, tap));
-                        }
-                        for (row, value) in M::kernel_to_points(g).into_iter().enumerate() {
-                            half[row][column] = value;
-                        }
-                    }
-                    for (row, half) in half.into_iter().enumerate() {
-                        for (column, value) in M::kernel_to_points(half).into_iter().enumerate() {
-                            value.store(to.wrapping_add((row * E + column) * point));
-                        }
-                    }
-                }
+                unsafe { taps.transform::<L, M, T, E>(&mut tile, lane, to, point) };
             }
         }
     }

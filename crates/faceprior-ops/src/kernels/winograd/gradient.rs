@@ -5,7 +5,7 @@
     reason = "columns of matrices are filled one by one"
 )]
 
-use super::super::lanes::{Isa, Kernel, Lanes};
+use super::super::lanes::{Isa, Kernel, Lanes, Parts};
 use super::super::load::Load;
 use super::super::tile::{Row, Runs, Strides, multiply};
 use super::super::weights::WeightTile;
@@ -119,9 +119,9 @@ impl GradientTiles {
 /// Where [`GradientTiles`] of `capacity` tiles lie.
 #[derive(Clone, Copy)]
 struct TilesView {
-    /// Blocks of outputs that are one product, and whether that may be for the matrix unit.
+    /// Blocks of outputs that are one product, and its parts if it is for the matrix unit.
     group_blocks: usize,
-    matrices: bool,
+    matrices: Option<Parts>,
     inputs: Shared,
     outputs: Shared,
     input_point: usize,
@@ -242,7 +242,7 @@ impl Kernel for GradientPart<'_> {
         let view = TilesView {
             group_blocks: L::TILE_BLOCKS,
             // Few channels: packing would cost more than the unit saves.
-            matrices: false,
+            matrices: None,
             inputs: Shared::new(&mut tiles.inputs),
             outputs: Shared::new(&mut tiles.outputs),
             input_point: tiles.input_point,
@@ -281,7 +281,7 @@ fn sum_by_points(isa: Isa, shape: Shape, maps: Maps, sums: &mut [f32]) {
     let mut tiles = GradientTiles::new(shape, capacity);
     let view = TilesView {
         group_blocks: isa.group_blocks(),
-        matrices: isa.matrices() && shape.i * shape.o >= MIN_UNIT_PAIRS,
+        matrices: isa.matrices().filter(|_| shape.i * shape.o >= MIN_UNIT_PAIRS),
         inputs: Shared::new(&mut tiles.inputs),
         outputs: Shared::new(&mut tiles.outputs),
         input_point: tiles.input_point,

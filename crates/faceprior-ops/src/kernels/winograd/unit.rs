@@ -1,0 +1,193 @@
+//! The convolution on the matrix unit, for floats in two parts.
+//!
+//! A tile's point is a row of cells, one for each pair of input blocks, and the weight's are the unit's tiles. There are
+//! four times as many weights as in the direct form, and a quarter of its products.
+
+use std::ops::Range;
+
+use super::super::lanes::{Isa, Kernel, Lanes, Parts};
+use super::super::load::Load;
+use super::super::weights::WeightTile;
+use super::super::{Shared, amx, parallel};
+use super::convolve::Taps;
+use super::matrices::Four;
+use super::tiles::{transform_input, transform_output};
+use super::{BLOCK, EDGE, POINTS, Shape, TILE};
+use crate::pool::Buffer;
+
+use amx::SQUARE;
+
+const PARTS: Parts = Parts::Two;
+/// Floats of a cell.
+const CELL: usize = amx::cell(PARTS);
+/// Floats of the tiles of a pair of input blocks and one of output blocks.
+const SQUARE_TILES: usize = amx::square_tiles(PARTS);
+/// Channels on either side, and tiles, that pay for splitting them.
+const MIN_CHANNELS: usize = 64;
+const MIN_TILES: usize = 4 * SQUARE;
+
+/// Whether a convolution should be computed here.
+pub(super) fn suits(isa: Isa, shape: Shape) -> bool {
+    isa.matrices() == Some(PARTS) && shape.i.min(shape.o) >= MIN_CHANNELS && shape.tiles() >= MIN_TILES
+}
+
+/// `G g Gᵀ` as tiles, `[point][pair of output blocks][pair of input blocks]`.
+pub(super) fn prepare(isa: Isa, taps: Taps) -> Buffer {
+    let (outputs, inputs) = taps.columns.sides(taps.shape);
+    let (pairs, steps) = (outputs.div_ceil(SQUARE), inputs.div_ceil(SQUARE));
+    let mut tiles = Buffer::take(pairs * POINTS * steps * SQUARE_TILES);
+    let to = Shared::new(&mut tiles);
+    parallel(pairs * steps, |task| {
+        let (pair, step) = (task / steps, task % steps);
+        isa.run(WeightSquares {
+            taps,
+            pair,
+            step,
+            to: to.at((pair * steps + step) * SQUARE_TILES),
+            point: pairs * steps * SQUARE_TILES,
+        });
+    });
+    tiles
+}
+
+/// Two blocks of outputs of two of inputs.
+struct WeightSquares<'a> {
+    taps: Taps<'a>,
+    pair: usize,
+    step: usize,
+    /// Tiles of a square for each point at distances of `point`, which nobody else writes.
+    to: *mut f32,
+    point: usize,
+}
+
+impl Kernel for WeightSquares<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let taps = self.taps;
+        let (outputs, inputs) = taps.columns.sides(taps.shape);
+        let mut squares = Buffer::zeroed(POINTS * SQUARE * SQUARE);
+        let squares = squares.as_mut_ptr();
+        let mut tile = WeightTile::new(taps.shape);
+        for half in 0..(outputs.div_ceil(BLOCK) - 2 * self.pair).min(2) {
+            for inner in 0..(inputs.div_ceil(BLOCK) - 2 * self.step).min(2) {
+                let (block, in_block) = (2 * self.pair + half, 2 * self.step + inner);
+                // SAFETY: the caller promises the instructions; the squares have room for the blocks.
+                unsafe {
+                    taps.columns.read::<L>(&mut tile, taps.weight, block, in_block);
+                    for lane in 0..BLOCK {
+                        let to = squares.wrapping_add((inner * BLOCK + lane) * SQUARE + half * BLOCK);
+                        taps.transform::<L, Four, TILE, EDGE>(&mut tile, lane, to, SQUARE * SQUARE);
+                    }
+                }
+            }
+        }
+        for point in 0..POINTS {
+            let square = squares.wrapping_add(point * SQUARE * SQUARE);
+            // SAFETY: the caller promises the instructions and a unit; this task alone writes these tiles.
+            unsafe { amx::pack_square(PARTS, square, self.to.wrapping_add(point * self.point)) };
+        }
+    }
+}
+
+/// The convolution of `x` with a prepared weight into `y`.
+pub(super) fn convolve(isa: Isa, shape: Shape, weight: &[f32], x: &[f32], load: Option<Load>, y: &mut [f32]) {
+    let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
+    assert_eq!(x.len(), shape.n * in_blocks * shape.plane());
+    assert_eq!(y.len(), shape.n * out_blocks * shape.plane());
+    let (chunks, pairs) = (shape.tiles().div_ceil(SQUARE), out_blocks.div_ceil(2));
+    // Too few chunks for all threads: tasks share a chunk, each for some of the output channels.
+    let splits = (rayon::current_num_threads() / chunks).clamp(1, pairs);
+    let split_pairs = pairs.div_ceil(splits);
+    let y = Shared::new(y);
+    parallel(chunks * splits, |task| {
+        let (chunk, first) = (task / splits, task % splits * split_pairs);
+        isa.run(Chunk {
+            shape,
+            x,
+            load,
+            weight,
+            y,
+            tiles: chunk * SQUARE..shape.tiles().min((chunk + 1) * SQUARE),
+            pairs: first.min(pairs)..pairs.min(first + split_pairs),
+        });
+    });
+}
+
+/// A square of tiles and some pairs of output blocks of a convolution: transform, products for each point, transform
+/// back. The weight streams past, in the order in which it lies in memory.
+struct Chunk<'a> {
+    shape: Shape,
+    x: &'a [f32],
+    load: Option<Load<'a>>,
+    weight: &'a [f32],
+    y: Shared,
+    tiles: Range<usize>,
+    pairs: Range<usize>,
+}
+
+impl Kernel for Chunk<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            shape,
+            x,
+            load,
+            weight,
+            y,
+            tiles,
+            pairs,
+        } = self;
+        let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
+        let (steps, all_pairs) = (in_blocks.div_ceil(2), out_blocks.div_ceil(2));
+        // A cache line more per point, lest the streams of a transform meet in one cache set.
+        let cells_point = steps * SQUARE * CELL + BLOCK;
+        let sums_point = pairs.len() * SQUARE * SQUARE + BLOCK;
+        let mut cells = Buffer::take(POINTS * cells_point);
+        let mut sums = Buffer::take(POINTS * sums_point);
+        let mut values = [0.0; POINTS * SQUARE];
+        for (row, tile) in tiles.clone().enumerate() {
+            let (n, top, left) = shape.tile_of(TILE, tile);
+            for step in 0..steps {
+                for block in 2 * step..in_blocks.min(2 * step + 2) {
+                    let place = (n * in_blocks + block, top, left);
+                    let to = values.as_mut_ptr().wrapping_add(block % 2 * BLOCK);
+                    // SAFETY: the caller promises the instructions; the place is one of `x`.
+                    unsafe { transform_input::<L, Four, TILE, EDGE>(x, load, shape, place, to, SQUARE) };
+                }
+                if in_blocks < 2 * step + 2 {
+                    for values in values.chunks_exact_mut(SQUARE) {
+                        values[BLOCK..].fill(0.0);
+                    }
+                }
+                let to = cells.as_mut_ptr().wrapping_add((step * SQUARE + row) * CELL);
+                // SAFETY: there is a unit, or nobody would have prepared the weight; the cells have room.
+                unsafe { amx::split_cells(PARTS, values.as_ptr(), POINTS, to, cells_point) };
+            }
+        }
+        let offsets: Vec<_> = (0..steps)
+            .map(|step| step * SQUARE * CELL * size_of::<f32>())
+            .collect();
+        for point in 0..POINTS {
+            let row = cells.as_ptr().wrapping_add(point * cells_point);
+            let at = |pair: usize| (point * all_pairs + pair) * steps * SQUARE_TILES;
+            let weight = &weight[at(pairs.start)..at(pairs.end)];
+            let sums = &mut sums[point * sums_point..][..pairs.len() * SQUARE * SQUARE];
+            // SAFETY: as above; each of 32 rows has all steps.
+            unsafe { amx::multiply_cells(PARTS, &[row], 1, &offsets, weight, sums) };
+        }
+        for (row, tile) in tiles.enumerate() {
+            let (n, top, left) = shape.tile_of(TILE, tile);
+            for block in 2 * pairs.start..out_blocks.min(2 * pairs.end) {
+                let plane = y.at((n * out_blocks + block) * shape.plane());
+                let place = ((block / 2 - pairs.start) * SQUARE + row) * SQUARE + block % 2 * BLOCK;
+                let from = sums.as_ptr().wrapping_add(place);
+                // SAFETY: the caller promises the instructions; this task alone writes these outputs.
+                unsafe { transform_output::<L, Four, TILE, EDGE>(from, sums_point, plane, shape, top, left) };
+            }
+        }
+    }
+}
