@@ -3,7 +3,7 @@
 //! Fresh memory costs more than the arithmetic of most operations: the system hands out pages one fault at a time and
 //! clears each. A training step needs the same sizes again and again, so buffers go back to a pool when the tensor
 //! that holds them is dropped. The pool keeps the program within five quarters of the most that was in use at one time,
-//! or 320 MiB above it where that is more (rounding of sizes apart); beyond that, kept buffers are given back to the
+//! or 384 MiB above it where that is more (rounding of sizes apart); beyond that, kept buffers are given back to the
 //! system. The slack is for sizes that take turns: without it, an IR-50 training step gave back and asked anew for
 //! 1.4 GB, a tenth of its time, to save 4% of its memory.
 //!
@@ -274,7 +274,7 @@ static STATE: Mutex<State> = Mutex::new(State {
     bytes_kept: 0,
     bytes_in_use: 0,
     most_in_use: 0,
-    least_slack: 320 << 20,
+    least_slack: 384 << 20,
 });
 
 fn state() -> MutexGuard<'static, State> {

@@ -244,7 +244,10 @@ impl Kernel for PackSquare<'_> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let (columns, inner) = self.side.sides(self.shape);
-        let mut squares = Buffer::zeroed(self.taps.len() * SQUARE * SQUARE);
+        let mut squares = Buffer::take(self.taps.len() * SQUARE * SQUARE);
+        if (self.pair + 1) * SQUARE > columns || (self.inner_pair + 1) * SQUARE > inner {
+            squares.fill(0.0);
+        }
         let mut tile = WeightTile::new(self.shape);
         for inner_block in 0..(inner.div_ceil(BLOCK) - 2 * self.inner_pair).min(2) {
             for block in 0..(columns.div_ceil(BLOCK) - 2 * self.pair).min(2) {
@@ -390,40 +393,70 @@ impl Product<'_> {
         let weight = &self.weight[pairs.start * tiles..pairs.end * tiles];
         let mut sums = Buffer::take(squares.len() * pairs.len() * SQUARE * SQUARE);
         // SAFETY: there is a unit, or nobody would have packed the weight; every tap of every output lies inside the
-        // cells, and tasks write disjoint pixels and channels of `y`.
-        unsafe {
-            amx::multiply_cells(self.grid.parts, rows, self.grid.stride, steps, weight, &mut sums);
-            for (square, sums) in squares.zip(sums.chunks_exact(pairs.len() * SQUARE * SQUARE)) {
-                let (picture, first) = (square / of_picture, square % of_picture * SQUARE);
-                for (pair, sums) in pairs.clone().zip(sums.chunks_exact(SQUARE * SQUARE)) {
-                    for block in 2 * pair..self.blocks.min(2 * pair + 2) {
-                        let plane = (picture * self.blocks + block) * self.outputs.plane;
-                        let to = self.outputs.y.at(plane + self.outputs.first);
-                        let from = sums.as_ptr().wrapping_add(block % 2 * BLOCK);
-                        self.write(from, first, to);
-                    }
-                }
-            }
-        }
+        // cells.
+        unsafe { amx::multiply_cells(self.grid.parts, rows, self.grid.stride, steps, weight, &mut sums) };
+        isa.run(WriteSums {
+            product: self,
+            sums: &sums,
+            squares,
+            pairs,
+        });
     }
+}
 
+/// Writes the sums of some squares for some pairs of blocks, `[square][pair][32][32]`, to the outputs, which nobody else
+/// writes.
+struct WriteSums<'a> {
+    product: &'a Product<'a>,
+    sums: &'a [f32],
+    squares: Range<usize>,
+    pairs: Range<usize>,
+}
+
+impl WriteSums<'_> {
     /// Writes sixteen columns of a square, those outputs that are in the picture.
     ///
     /// # Safety
-    /// `from` is a square's; the plane at `to` is a picture's, and nobody else writes these outputs.
-    unsafe fn write(&self, from: *const f32, first: usize, to: *mut f32) {
-        let Outputs { rows, pixels, .. } = self.outputs;
-        let (mut row, mut pixel) = (first / self.pitch(), first % self.pitch());
+    /// Instructions of `L`; `from` is a square's, and the plane at `to` is a picture's.
+    #[inline(always)]
+    unsafe fn write<L: Lanes>(&self, from: *const f32, first: usize, to: *mut f32) {
+        let (outputs, pitch) = (self.product.outputs, self.product.pitch());
+        let (mut row, mut pixel) = (first / pitch, first % pitch);
         for output in 0..SQUARE {
-            if pixel < pixels && row < rows {
-                let to = to.wrapping_add(row * self.outputs.row + pixel * self.outputs.pixel);
-                let from = from.wrapping_add(output * SQUARE);
+            if pixel < outputs.pixels && row < outputs.rows {
                 // SAFETY: the caller's promise.
-                unsafe { *to.cast::<[f32; BLOCK]>() = *from.cast::<[f32; BLOCK]>() };
+                unsafe {
+                    let sums = L::load(from.wrapping_add(output * SQUARE));
+                    sums.store(to.wrapping_add(row * outputs.row + pixel * outputs.pixel));
+                }
             }
             pixel += 1;
-            if pixel == self.pitch() {
+            if pixel == pitch {
                 (row, pixel) = (row + 1, 0);
+            }
+        }
+    }
+}
+
+impl Kernel for WriteSums<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Product { blocks, outputs, .. } = *self.product;
+        let of_picture = self.product.picture_squares();
+        let mut sums = self.sums.as_ptr();
+        for square in self.squares.clone() {
+            let (picture, first) = (square / of_picture, square % of_picture * SQUARE);
+            for pair in self.pairs.clone() {
+                for block in 2 * pair..blocks.min(2 * pair + 2) {
+                    let to = outputs
+                        .y
+                        .at((picture * blocks + block) * outputs.plane + outputs.first);
+                    // SAFETY: the caller promises the instructions; the square and the plane are some of the product's.
+                    unsafe { self.write::<L>(sums.wrapping_add(block % 2 * BLOCK), first, to) };
+                }
+                sums = sums.wrapping_add(SQUARE * SQUARE);
             }
         }
     }

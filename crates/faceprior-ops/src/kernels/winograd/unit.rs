@@ -22,13 +22,12 @@ const PARTS: Parts = Parts::Two;
 const CELL: usize = amx::cell(PARTS);
 /// Floats of the tiles of a pair of input blocks and one of output blocks.
 const SQUARE_TILES: usize = amx::square_tiles(PARTS);
-/// Channels on either side, and tiles, that pay for splitting them.
+/// Channels on either side that pay for splitting them.
 const MIN_CHANNELS: usize = 64;
-const MIN_TILES: usize = 4 * SQUARE;
 
 /// Whether a convolution should be computed here.
 pub(super) fn suits(isa: Isa, shape: Shape) -> bool {
-    isa.matrices() == Some(PARTS) && shape.i.min(shape.o) >= MIN_CHANNELS && shape.tiles() >= MIN_TILES
+    isa.matrices() == Some(PARTS) && shape.i.min(shape.o) >= MIN_CHANNELS
 }
 
 /// `G g Gᵀ` as tiles, `[point][pair of output blocks][pair of input blocks]`.
@@ -67,7 +66,10 @@ impl Kernel for WeightSquares<'_> {
     unsafe fn run<L: Lanes>(self) {
         let taps = self.taps;
         let (outputs, inputs) = taps.columns.sides(taps.shape);
-        let mut squares = Buffer::zeroed(POINTS * SQUARE * SQUARE);
+        let mut squares = Buffer::take(POINTS * SQUARE * SQUARE);
+        if (self.pair + 1) * SQUARE > outputs || (self.step + 1) * SQUARE > inputs {
+            squares.fill(0.0);
+        }
         let squares = squares.as_mut_ptr();
         let mut tile = WeightTile::new(taps.shape);
         for half in 0..(outputs.div_ceil(BLOCK) - 2 * self.pair).min(2) {
