@@ -72,7 +72,11 @@ pub fn conv2d(x: FeatureMap, weight: Tensor<4>, options: Conv2dOptions) -> Featu
     let (x, input, kept) = (x.tensor, x.kept, Kept::default());
     let convolution = Convolution {
         options,
-        rounded: Activations::current().bf16,
+        isa: if Activations::current().bf16 {
+            Isa::best().for_rounded()
+        } else {
+            Isa::best()
+        },
         path: pending.as_ref().and_then(Pending::path),
         input,
         output: kept.downgrade(),
@@ -99,8 +103,8 @@ pub fn conv2d(x: FeatureMap, weight: Tensor<4>, options: Conv2dOptions) -> Featu
 #[derive(Clone, Debug)]
 struct Convolution {
     options: Conv2dOptions,
-    /// Whether the input waits for the backward pass as bfloat16.
-    rounded: bool,
+    /// What it is computed on, but for weights that stay prepared: those serve any convolution.
+    isa: Isa,
     path: Option<GradientPath>,
     input: Kept,
     output: WeakKept,
@@ -133,15 +137,6 @@ impl Convolution {
             kernel: [kh, kw],
             stride,
             padding,
-        }
-    }
-
-    /// What a training step computes on.
-    fn isa(&self) -> Isa {
-        if self.rounded {
-            Isa::best().for_rounded()
-        } else {
-            Isa::best()
         }
     }
 
@@ -218,7 +213,7 @@ impl Convolution {
     fn fresh(&self, x: &FlexTensor, load: Option<Load>, weight: &FlexTensor) -> FlexTensor {
         let algorithm = self.algorithm(self.geometry(x, weight));
         let prepare = |_, prepare: &dyn Fn(&[f32]) -> Buffer| Arc::new(prepare(values(weight)));
-        self.output(self.isa(), algorithm, x, load, weight, prepare)
+        self.output(self.isa, algorithm, x, load, weight, prepare)
     }
 
     /// The output where a gradient will be asked for, and what the tape keeps.
@@ -261,7 +256,7 @@ impl Convolution {
         [of_x, of_weight]: [bool; 2],
     ) -> [Option<FlexTensor>; 2] {
         let geometry = self.geometry(x, weight);
-        let (isa, algorithm) = (self.isa(), self.algorithm(geometry));
+        let (isa, algorithm) = (self.isa, self.algorithm(geometry));
         let (from, taps, gradient) = (values(x), values(weight), values(dy));
         let dw = of_weight.then(|| {
             let mut dw = Buffer::take(taps.len());
@@ -417,7 +412,7 @@ mod tests {
     fn same3x3_of_many_tiles_takes_winograds_form() {
         let convolution = Convolution {
             options: Conv2dOptions::same3x3(),
-            rounded: false,
+            isa: Isa::best(),
             path: None,
             input: Kept::default(),
             output: Kept::default().downgrade(),

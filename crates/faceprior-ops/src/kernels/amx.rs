@@ -8,8 +8,8 @@
 //! (see the tests). So much is float32 arithmetic; what differs is at its ends: parts below 2⁻¹²⁶ count as zero, and an
 //! infinity becomes NaN, for its parts are ∞, ∞ − ∞ and so on.
 //!
-//! Where a float comes from a bfloat16 that was rounded, two parts will do, each the nearest to what is left: `h + m` is
-//! within 2⁻¹⁷ of the float, and `m·h`, `h·m` and `h·h` within 2⁻¹⁵ of a product.
+//! Where maps are rounded to bfloat16 anyway, two parts will do, each the nearest to what is left: `h + m` is within 2⁻¹⁷ of
+//! the float, and the sum of `m·h`, `h·m` and `h·h` within 2⁻¹⁵ of the product.
 //!
 //! Operands are packed a step of 32 terms at a time: rows of A as cells, the parts of a row side by side; B as tiles of
 //! 1 KiB, the parts of 32 columns one after another.

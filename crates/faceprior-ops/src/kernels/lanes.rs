@@ -120,7 +120,8 @@ impl Isa {
         }
     }
 
-    /// The same for operands that went through bfloat16: what two parts leave out is far less than they lost there.
+    /// The same for convolutions of maps that will be rounded to bfloat16: what two parts leave out of a float is far less
+    /// than that.
     pub(crate) fn for_rounded(self) -> Self {
         match self {
             #[cfg(target_arch = "x86_64")]

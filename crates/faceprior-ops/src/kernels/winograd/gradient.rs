@@ -33,8 +33,8 @@ pub(crate) fn weight_gradient(
 
     // With few channels a part of the tiles has sums of its own, which stay in the cache while its tiles stream past.
     // With many, the sums are the large thing: all tiles add to one copy, and tasks divide the points.
-    let size = POINTS * in_blocks * out_blocks * BLOCK * BLOCK;
-    let parts = if size <= PRIVATE_FLOATS {
+    let size = POINTS * sums_point(shape);
+    let parts = if shape.i * shape.o <= PRIVATE_PAIRS {
         shape.tiles().div_ceil(PART_TILES).min(MAX_PARTS)
     } else {
         1
@@ -83,8 +83,15 @@ struct Maps<'a> {
     dy: &'a [f32],
 }
 
-/// Floats of sums that a part has for itself: with its tiles they stay in a second-level cache of 2 MiB.
-const PRIVATE_FLOATS: usize = POINTS * 64 * 64;
+/// Floats from the sums `[I, O]` of a point to those of the next: a cache line more than they take, lest the 36 streams of
+/// [`GradientBlock`] meet in one set of a cache.
+fn sums_point(shape: Shape) -> usize {
+    shape.i.next_multiple_of(BLOCK) * shape.o.next_multiple_of(BLOCK) + BLOCK
+}
+
+/// Pairs of an input and an output channel for which a part has sums for itself: with its tiles they stay in a second-level
+/// cache of 2 MiB.
+const PRIVATE_PAIRS: usize = 64 * 64;
 const PART_TILES: usize = 128;
 const MAX_PARTS: usize = 16;
 
@@ -237,7 +244,7 @@ impl Kernel for GradientPart<'_> {
             first_tile,
             last_tile,
         } = self;
-        let pairs = shape.i.div_ceil(BLOCK) * shape.o.div_ceil(BLOCK) * BLOCK * BLOCK;
+        let sums_point = sums_point(shape);
         let mut tiles = GradientTiles::new(shape, PART_CHUNK_TILES);
         let view = TilesView {
             group_blocks: L::TILE_BLOCKS,
@@ -252,7 +259,7 @@ impl Kernel for GradientPart<'_> {
         // SAFETY: the caller promises the instructions; the scratch is this task's, and so are the sums of its part.
         unsafe {
             if first_tile == last_tile {
-                for offset in 0..POINTS * pairs {
+                for offset in 0..POINTS * sums_point {
                     *sums.at(start + offset) = 0.0;
                 }
             }
@@ -260,7 +267,7 @@ impl Kernel for GradientPart<'_> {
                 let count = PART_CHUNK_TILES.min(last_tile - first);
                 transform_gradient_tiles::<L>(shape, maps, view, first, 0..count);
                 for point in 0..POINTS {
-                    let sums = sums.at(start + point * pairs);
+                    let sums = sums.at(start + point * sums_point);
                     add_point::<L>(shape, view, count, point, sums, first > first_tile);
                 }
             }
@@ -276,7 +283,6 @@ const SHARED_CHUNK_TILES: usize = 256;
 
 /// All tiles summed into one copy of the sums, points divided between tasks.
 fn sum_by_points(isa: Isa, shape: Shape, maps: Maps, sums: &mut [f32]) {
-    let pairs = sums.len() / POINTS;
     let capacity = SHARED_CHUNK_TILES.min(shape.tiles());
     let mut tiles = GradientTiles::new(shape, capacity);
     let view = TilesView {
@@ -309,7 +315,6 @@ fn sum_by_points(isa: Isa, shape: Shape, maps: Maps, sums: &mut [f32]) {
                 tiles: count,
                 point,
                 sums,
-                pairs,
                 accumulate: first_tile > 0,
             });
         });
@@ -347,7 +352,6 @@ struct AddPoint {
     tiles: usize,
     point: usize,
     sums: Shared,
-    pairs: usize,
     accumulate: bool,
 }
 
@@ -362,11 +366,13 @@ impl Kernel for AddPoint {
             tiles,
             point,
             sums,
-            pairs,
             accumulate,
         } = self;
         // SAFETY: the caller promises the instructions; each task has a point of its own.
-        unsafe { add_point::<L>(shape, view, tiles, point, sums.at(point * pairs), accumulate) }
+        unsafe {
+            let sums = sums.at(point * sums_point(shape));
+            add_point::<L>(shape, view, tiles, point, sums, accumulate);
+        }
     }
 }
 
@@ -399,7 +405,7 @@ impl Kernel for GradientBlock<'_> {
             in_block,
         } = self;
         let out_blocks = shape.o.div_ceil(BLOCK);
-        let (columns, pairs) = (out_blocks * BLOCK, size / POINTS);
+        let (columns, point) = (out_blocks * BLOCK, sums_point(shape));
         let mut tile = WeightTile::new(shape.weight());
         for block in group * GROUP..out_blocks.min((group + 1) * GROUP) {
             for lane in 0..BLOCK {
@@ -412,7 +418,7 @@ impl Kernel for GradientBlock<'_> {
                     for column in 0..EDGE {
                         let mut s = [L::zero(); EDGE];
                         for (row, s) in s.iter_mut().enumerate() {
-                            let at = first.wrapping_add((row * EDGE + column) * pairs);
+                            let at = first.wrapping_add((row * EDGE + column) * point);
                             for part in 0..parts {
                                 *s = s.add(L::load(at.wrapping_add(part * size)));
                             }
