@@ -15,9 +15,9 @@ use super::weights::{Columns, WeightShape, WeightTile};
 use super::{BLOCK, Shared, parallel};
 use crate::pool::Buffer;
 
-/// The parts of floats where a convolution should be computed here. Each pixel of the source takes part in `taps` products with each of the
-/// columns, spread over `stride`·`stride` pixels: with few of them, as in every 1×1 convolution, splitting it costs more
-/// than the unit saves. With few channels half of each cell would be empty.
+/// The parts of floats where a convolution should be computed here. Each pixel of the source takes part in `taps` products
+/// with each of the columns, spread over `stride`·`stride` pixels: with few of them, as in every 1×1 convolution, splitting
+/// it costs more than the unit saves. With few channels half of each cell would be empty.
 pub(super) fn parts(isa: Isa, [inner, columns]: [usize; 2], taps: usize, stride: usize) -> Option<Parts> {
     let worthwhile = taps > 1 && taps * columns >= MIN_PRODUCTS * stride * stride;
     isa.matrices()
