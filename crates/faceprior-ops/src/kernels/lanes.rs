@@ -4,6 +4,13 @@ use std::sync::OnceLock;
 
 /// How many bfloat16 stand for a float on the matrix unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    expect(
+        dead_code,
+        reason = "processors without the unit never name a number of parts"
+    )
+)]
 pub(crate) enum Parts {
     /// 17 of its 24 bits, and half as many products: see `amx.rs`.
     Two,
