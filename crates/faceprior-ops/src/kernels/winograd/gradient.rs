@@ -34,7 +34,7 @@ pub(crate) fn weight_gradient(
     // With few channels a part of the tiles has sums of its own, which stay in the cache while its tiles stream past.
     // With many, the sums are the large thing: all tiles add to one copy, and tasks divide the points.
     let size = POINTS * sums_point(shape);
-    let parts = if shape.i * shape.o <= PRIVATE_PAIRS {
+    let parts = if size <= PRIVATE_FLOATS {
         shape.tiles().div_ceil(PART_TILES).min(MAX_PARTS)
     } else {
         1
@@ -89,9 +89,8 @@ fn sums_point(shape: Shape) -> usize {
     shape.i.next_multiple_of(BLOCK) * shape.o.next_multiple_of(BLOCK) + BLOCK
 }
 
-/// Pairs of an input and an output channel for which a part has sums for itself: with its tiles they stay in a second-level
-/// cache of 2 MiB.
-const PRIVATE_PAIRS: usize = 64 * 64;
+/// Floats of sums that a part has for itself: with its tiles they stay in a second-level cache of 2 MiB.
+const PRIVATE_FLOATS: usize = POINTS * (64 * 64 + BLOCK);
 const PART_TILES: usize = 128;
 const MAX_PARTS: usize = 16;
 
