@@ -158,6 +158,7 @@ impl<'a> PaddedPlane<'a> {
             before: [g.padding; 2],
             stride: 1,
             phases: [1; 2],
+            first: [0; 2],
             gathered,
             to: copy.as_mut_ptr(),
         });

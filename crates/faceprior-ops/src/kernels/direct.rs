@@ -135,6 +135,7 @@ fn copy_planes(
             before,
             stride,
             phases,
+            first: [0; 2],
             gathered,
             to: to.at(plane * length),
         });
@@ -153,19 +154,21 @@ pub(super) struct CopyPlane<'a> {
     pub(super) stride: usize,
     /// How many phases of rows and of columns are copied.
     pub(super) phases: [usize; 2],
-    /// Rows and pixels of a phase.
+    /// The first row and pixel of a phase that are copied, and how many of each.
+    pub(super) first: [usize; 2],
     pub(super) gathered: [usize; 2],
     /// Room for the phases, which nobody else writes.
     pub(super) to: *mut f32,
 }
 
 impl CopyPlane<'_> {
-    /// The places in a phase whose rows (axis 0) or pixels (axis 1) lie in the map.
+    /// The copied rows (axis 0) or pixels (axis 1) of a phase that lie in the map.
     #[inline(always)]
     fn inside(&self, axis: usize, phase: usize) -> [usize; 2] {
-        let first = |at: usize| at.saturating_sub(phase).div_ceil(self.stride);
-        let end = self.gathered[axis];
-        [self.before[axis], self.before[axis] + self.size[axis]].map(|at| first(at).min(end))
+        let (first, count) = (self.first[axis], self.gathered[axis]);
+        let place = |at: usize| at.saturating_sub(phase).div_ceil(self.stride);
+        [self.before[axis], self.before[axis] + self.size[axis]]
+            .map(|at| place(at).saturating_sub(first).min(count))
     }
 
     /// # Safety
@@ -187,9 +190,9 @@ impl CopyPlane<'_> {
                         for zero in filled..row * pixels + first {
                             L::zero().store(to.wrapping_add(zero * BLOCK));
                         }
-                        let y = row * self.stride + phase_y - top;
+                        let y = (self.first[0] + row) * self.stride + phase_y - top;
                         for pixel in first..end {
-                            let x = pixel * self.stride + phase_x - left;
+                            let x = (self.first[1] + pixel) * self.stride + phase_x - left;
                             let value = values.read(from.wrapping_add((y * w + x) * BLOCK));
                             value.store(to.wrapping_add((row * pixels + pixel) * BLOCK));
                         }
@@ -354,6 +357,11 @@ fn rows_per_task(rows: usize, other_tasks: usize) -> usize {
     rows.div_ceil(wanted.min(rows))
 }
 
+/// The length of nearly equal parts that are no longer than `most`.
+fn even(length: usize, most: usize) -> usize {
+    length.div_ceil(length.div_ceil(most))
+}
+
 /// The parts of floats where [`forward`] is computed by [`cells`], where rows share their borders: no output lies in them
 /// alone.
 fn on_matrix_unit(isa: Isa, geometry: Geometry) -> Option<Parts> {
@@ -418,98 +426,28 @@ pub(crate) fn forward(
     }
     let panel = panel(g.weight(), Columns::Outputs);
     assert_eq!(weight.len(), panel.size());
-    if let (Some(load), [1, 1], 0) = (load, g.kernel, g.padding) {
-        let tasks = (oh * ow).div_ceil(LOADED_PIXELS);
-        parallel(g.n * tasks, |task| {
-            let (picture, first) = (task / tasks, task % tasks * LOADED_PIXELS);
-            let last = (oh * ow).min(first + LOADED_PIXELS);
-            isa.run(LoadedPixels {
-                geometry: g,
-                x,
-                load,
-                panel,
-                weight,
-                y: outputs.y,
-                picture,
-                pixels: first..last,
-            });
-        });
-        return;
-    }
-    let source = source(isa, x, load, [g.h, g.w], [g.padding; 2], [g.padding; 2]);
-    let taps: Vec<_> = (0..g.taps())
-        .map(|tap| (tap, (tap / g.kernel[1] * source.w + tap % g.kernel[1]) * BLOCK))
+    let taps = (0..g.taps())
+        .map(|tap| (tap, [tap / g.kernel[1], tap % g.kernel[1]]))
         .collect();
+    // A single tap reads no pixels between those that outputs start at.
+    let (step, stride) = if g.taps() == 1 {
+        (g.stride, 1)
+    } else {
+        (1, g.stride)
+    };
     let product = Product {
-        source: source.values(),
+        x,
+        load,
+        size: [g.h, g.w],
+        before: [g.padding; 2],
+        step,
+        stride,
         source_blocks: g.in_blocks(),
-        source_plane: source.plane(),
-        source_row: g.stride * source.w * BLOCK,
-        source_pixel: g.stride * BLOCK,
         panel,
         weight,
         phases: &[Phase { taps, outputs }],
     };
     product.run(isa, g.n);
-}
-
-/// Pixels that a task of a 1×1 convolution reads once, for all output channels: 512 channels of them take 192 KiB.
-const LOADED_PIXELS: usize = 96;
-
-/// Some output pixels of a 1×1 convolution of something pending.
-struct LoadedPixels<'a> {
-    geometry: Geometry,
-    x: &'a [f32],
-    load: Load<'a>,
-    panel: Panel,
-    weight: &'a [f32],
-    y: Shared,
-    picture: usize,
-    pixels: std::ops::Range<usize>,
-}
-
-impl Kernel for LoadedPixels<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<L: Lanes>(self) {
-        let Self {
-            geometry: g,
-            x,
-            load,
-            panel,
-            weight,
-            y,
-            picture,
-            pixels,
-        } = self;
-        let ([oh, ow], count) = (g.outputs(), pixels.len());
-        let (from, to) = (g.h * g.w * BLOCK, oh * ow * BLOCK);
-        let mut read = Buffer::take(g.in_blocks() * count * BLOCK);
-        // SAFETY: the caller promises the instructions; pixels lie inside the maps; each task writes its pixels.
-        unsafe {
-            for block in 0..g.in_blocks() {
-                let plane = picture * g.in_blocks() + block;
-                let (values, x) = (load.plane::<L>(plane), x.as_ptr().wrapping_add(plane * from));
-                let to = read.as_mut_ptr().wrapping_add(block * count * BLOCK);
-                for (place, pixel) in pixels.clone().enumerate() {
-                    let at = (pixel / ow * g.w + pixel % ow) * g.stride * BLOCK;
-                    values
-                        .read(x.wrapping_add(at))
-                        .store(to.wrapping_add(place * BLOCK));
-                }
-            }
-            let rows = Row::spaced(count, BLOCK, BLOCK);
-            let runs = panel.runs((0..g.in_blocks()).map(|block| block * count * BLOCK));
-            for first in (0..panel.blocks).step_by(L::TILE_BLOCKS) {
-                let blocks = L::TILE_BLOCKS.min(panel.blocks - first);
-                let c = y.at((picture * panel.blocks + first) * to + pixels.start * BLOCK);
-                let (a, weight) = (read.as_ptr(), weight.as_ptr());
-                // The weight is small, and in the cache since the task before: nothing is to be asked for.
-                multiply_panel::<L>(&rows, &runs, a, panel, weight, first, blocks, c, to, false);
-            }
-        }
-    }
 }
 
 /// The gradient of the input from the gradient of the output.
@@ -554,18 +492,11 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
         );
         (parts, grid, grid.split(isa, dy))
     });
-    let (source, packed) = if cells.is_some() {
+    let packed = if cells.is_some() {
         // Only phases without taps are left, if any, which read nothing.
-        let unread = Source {
-            x: dy,
-            copy: None,
-            h: oh,
-            w: ow,
-        };
-        (unread, Buffer::take(0))
+        Buffer::take(0)
     } else {
-        let source = source(isa, dy, None, [oh, ow], [top, left], [bottom, right]);
-        (source, pack(isa, weight, g.weight(), Columns::Inputs))
+        pack(isa, weight, g.weight(), Columns::Inputs)
     };
     let dx = Shared::new(dx);
     let mut phases = Vec::new();
@@ -599,19 +530,19 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
                 product.run(isa);
                 continue;
             }
-            let offsets = places
-                .iter()
-                .map(|(row, column)| (row * source.w + column) * BLOCK);
-            let taps = taps.into_iter().zip(offsets).collect();
+            let places = places.into_iter().map(|(row, column)| [row, column]);
+            let taps = taps.into_iter().zip(places).collect();
             phases.push(Phase { taps, outputs });
         }
     }
     let product = Product {
-        source: source.values(),
+        x: dy,
+        load: None,
+        size: [oh, ow],
+        before: [top, left],
+        step: 1,
+        stride: 1,
         source_blocks: g.out_blocks(),
-        source_plane: source.plane(),
-        source_row: source.w * BLOCK,
-        source_pixel: BLOCK,
         panel: panel(g.weight(), Columns::Inputs),
         weight: &packed,
         phases: &phases,
@@ -633,15 +564,21 @@ pub(super) struct Outputs {
     pub(super) pixels: usize,
 }
 
-/// An implicit product over padded planes: for each output pixel, the sum over taps and source channels.
+/// An implicit product over maps in an endless border of zeros: for each output pixel, the sum over taps and source
+/// channels.
 #[derive(Clone, Copy)]
 struct Product<'a> {
-    /// Padded planes.
-    source: &'a [f32],
+    /// Maps `[N, blocks, H, W, 16]`, and how they are read.
+    x: &'a [f32],
+    load: Option<Load<'a>>,
     source_blocks: usize,
-    source_plane: usize,
-    source_row: usize,
-    source_pixel: usize,
+    size: [usize; 2],
+    /// Rows and columns of the border before the map, at which the taps of the first output start.
+    before: [usize; 2],
+    /// Of rows and columns only every so many-th is read.
+    step: usize,
+    /// Rows and columns, of those that are read, between outputs.
+    stride: usize,
     panel: Panel,
     weight: &'a [f32],
     phases: &'a [Phase],
@@ -649,53 +586,80 @@ struct Product<'a> {
 
 /// Output pixels that meet the same taps.
 struct Phase {
-    /// Each tap that takes part, and its offset into a source plane.
-    taps: Vec<(usize, usize)>,
+    /// Each tap that takes part, and the row and column that it reads for the first output.
+    taps: Vec<(usize, [usize; 2])>,
     outputs: Outputs,
 }
 
+/// Floats that a task copies of its maps, at most, so that they stay in the second-level cache: 512 KiB.
+const WINDOW: usize = 128 << 10;
+
+/// Pixels of a task, whose sums go back to memory between parts of the inner dimension: 64 channels of them take 64 KiB.
+const TASK_PIXELS: usize = 252;
+
 impl Product<'_> {
     fn run(self, isa: Isa, n: usize) {
-        let group_blocks = isa.group_blocks();
-        let groups = self.panel.blocks.div_ceil(group_blocks);
         // The largest; others are a row or a pixel smaller. A task has the same part of each.
         let sizes = self.phases.iter().map(|phase| phase.outputs);
         let Some(rows) = sizes.clone().map(|outputs| outputs.rows).max() else {
             return;
         };
         let pixels = sizes.map(|outputs| outputs.pixels).max().unwrap_or(0);
-        let task_rows = rows_per_task(rows, n * groups);
+        let [reach_y, reach_x] = self.reach();
+        // As many outputs along one axis as a window so wide along the other has room for.
+        let fitting = |outputs: usize, width: usize, reach: usize| {
+            let room = WINDOW / (self.source_blocks * BLOCK * width);
+            outputs.min((room.saturating_sub(reach) / self.stride).max(1))
+        };
+        let most_pixels = fitting(pixels, reach_y + 1, reach_x).min(TASK_PIXELS);
+        let most_rows = fitting(rows, (most_pixels - 1) * self.stride + reach_x + 1, reach_y)
+            .min((TASK_PIXELS / most_pixels).max(1));
+        // A window serves all columns, unless there are too few of them for all threads.
+        let group_blocks = isa.group_blocks();
+        let groups = self.panel.blocks.div_ceil(group_blocks);
+        let windows = n * rows.div_ceil(most_rows) * pixels.div_ceil(most_pixels);
+        let wanted = (2 * rayon::current_num_threads()).div_ceil(windows);
+        let task_blocks = even(groups, groups.div_ceil(wanted)) * group_blocks;
+        let group_tasks = self.panel.blocks.div_ceil(task_blocks);
+        let task_rows = even(rows, most_rows.min(rows_per_task(rows, n * group_tasks)));
         let row_tasks = rows.div_ceil(task_rows);
         // A long row, as of a flattened 1×1 convolution, is divided too.
-        let task_pixels = if rows == 1 {
-            rows_per_task(pixels, n * groups).max(24)
+        let most_pixels = if rows == 1 {
+            most_pixels.min(rows_per_task(pixels, n * group_tasks).max(24))
         } else {
-            pixels
+            most_pixels
         };
+        let task_pixels = even(pixels, most_pixels);
         let pixel_tasks = pixels.div_ceil(task_pixels);
-        parallel(n * groups * row_tasks * pixel_tasks, |task| {
+        parallel(n * row_tasks * pixel_tasks * group_tasks, |task| {
+            let (task, group) = (task / group_tasks, task % group_tasks);
             let (task, pixel_task) = (task / pixel_tasks, task % pixel_tasks);
-            let (task, row_task) = (task / row_tasks, task % row_tasks);
-            let (picture, group) = (task / groups, task % groups);
-            let first = group * group_blocks;
-            for phase in self.phases {
-                let Outputs { rows, pixels, .. } = phase.outputs;
-                isa.run(ProductTask {
-                    product: self,
-                    phase,
-                    picture,
-                    blocks: first..self.panel.blocks.min(first + group_blocks),
-                    rows: row_task * task_rows..rows.min((row_task + 1) * task_rows),
-                    pixels: pixel_task * task_pixels..pixels.min((pixel_task + 1) * task_pixels),
-                });
-            }
+            let (picture, row_task) = (task / row_tasks, task % row_tasks);
+            let part = |size: usize, task: usize, length: usize| task * length..size.min((task + 1) * length);
+            isa.run(ProductTask {
+                product: self,
+                picture,
+                blocks: part(self.panel.blocks, group, task_blocks),
+                rows: part(rows, row_task, task_rows),
+                pixels: part(pixels, pixel_task, task_pixels),
+            });
         });
+    }
+
+    /// How far behind an output's first row and column its last taps read.
+    fn reach(&self) -> [usize; 2] {
+        let places = self
+            .phases
+            .iter()
+            .flat_map(|phase| &phase.taps)
+            .map(|(_, place)| place);
+        [0, 1].map(|axis| places.clone().map(|place| place[axis]).max().unwrap_or(0))
     }
 }
 
+/// Some output pixels of some columns.
 struct ProductTask<'a> {
     product: Product<'a>,
-    phase: &'a Phase,
     picture: usize,
     blocks: std::ops::Range<usize>,
     rows: std::ops::Range<usize>,
@@ -709,49 +673,80 @@ impl Kernel for ProductTask<'_> {
     unsafe fn run<L: Lanes>(self) {
         let Self {
             product: p,
-            phase: Phase { taps, outputs },
             picture,
             blocks,
             rows,
             pixels,
         } = self;
-        let first = blocks.start;
+        let reach = p.reach();
+        let [first_row, first_pixel] = [rows.start, pixels.start].map(|output| output * p.stride);
+        let window @ [height, width] = [(rows.len(), reach[0]), (pixels.len(), reach[1])]
+            .map(|(outputs, reach)| (outputs - 1) * p.stride + reach + 1);
+        let first_plane = picture * p.source_blocks;
+        let in_place = p.load.is_none()
+            && p.before == [0; 2]
+            && p.step == 1
+            && first_row + height <= p.size[0]
+            && first_pixel + width <= p.size[1];
+        let mut copy;
+        // Where the window starts, and floats of a row and a plane of what it is part of.
+        let (a, row_floats, plane_floats) = if in_place {
+            let [h, w] = p.size;
+            let first = (first_plane * h + first_row) * w + first_pixel;
+            (p.x.as_ptr().wrapping_add(first * BLOCK), w * BLOCK, h * w * BLOCK)
+        } else {
+            copy = Buffer::take(p.source_blocks * height * width * BLOCK);
+            for block in 0..p.source_blocks {
+                // SAFETY: the caller promises the instructions; the buffer has room for each block.
+                unsafe {
+                    L::call(CopyPlane {
+                        x: p.x,
+                        load: p.load,
+                        plane: first_plane + block,
+                        size: p.size,
+                        before: p.before,
+                        stride: p.step,
+                        phases: [1; 2],
+                        first: [first_row, first_pixel],
+                        gathered: window,
+                        to: copy.as_mut_ptr().wrapping_add(block * height * width * BLOCK),
+                    });
+                }
+            }
+            (copy.as_ptr(), width * BLOCK, height * width * BLOCK)
+        };
         let num_taps = p.panel.runs / p.source_blocks;
-        let runs: Vec<_> = (0..p.source_blocks)
-            .flat_map(|block| taps.iter().map(move |tap| (block, *tap)))
-            .map(|(block, (tap, offset))| {
-                (
-                    block * p.source_plane + offset,
-                    (block * num_taps + tap) * p.panel.length * BLOCK,
-                )
-            })
-            .collect();
-        let follows = taps.len() == num_taps;
-        let pixels: Vec<_> = rows
-            .flat_map(|row| pixels.clone().map(move |pixel| (row, pixel)))
-            .map(|(row, pixel)| Row {
-                a: row * p.source_row + pixel * p.source_pixel,
-                c: row * outputs.row + pixel * outputs.pixel,
-            })
-            .collect();
-        // SAFETY: the caller promises the instructions. The source is padded so that every tap of every output pixel
-        // lies inside it; tasks write disjoint pixels and channels of `y`.
-        unsafe {
-            let a = p
-                .source
-                .as_ptr()
-                .wrapping_add(picture * p.source_blocks * p.source_plane);
-            let first_plane = (picture * p.panel.blocks + first) * outputs.plane;
-            let c = outputs.y.at(first_plane + outputs.first);
-            let weight = p.weight.as_ptr();
-            for rows in pixels.chunks(MAX_ROWS) {
+        for Phase { taps, outputs } in p.phases {
+            let mut runs = Vec::with_capacity(p.source_blocks * taps.len());
+            for block in 0..p.source_blocks {
+                for (tap, [row, column]) in taps {
+                    let run = (block * num_taps + tap) * p.panel.length * BLOCK;
+                    runs.push((block * plane_floats + row * row_floats + column * BLOCK, run));
+                }
+            }
+            let follows = taps.len() == num_taps;
+            let mut places = Vec::with_capacity(rows.len() * pixels.len());
+            for row in rows.start..rows.end.min(outputs.rows) {
+                for pixel in pixels.start..pixels.end.min(outputs.pixels) {
+                    places.push(Row {
+                        a: (row - rows.start) * p.stride * row_floats
+                            + (pixel - pixels.start) * p.stride * BLOCK,
+                        c: row * outputs.row + pixel * outputs.pixel,
+                    });
+                }
+            }
+            let first_plane = picture * p.panel.blocks + blocks.start;
+            let c = outputs.y.at(first_plane * outputs.plane + outputs.first);
+            // SAFETY: the caller promises the instructions. The window has every tap of every output; tasks write disjoint
+            // pixels and channels of `y`.
+            unsafe {
                 multiply_panel::<L>(
-                    rows,
+                    &places,
                     &runs,
                     a,
                     p.panel,
-                    weight,
-                    first,
+                    p.weight.as_ptr(),
+                    blocks.start,
                     blocks.len(),
                     c,
                     outputs.plane,
@@ -761,9 +756,6 @@ impl Kernel for ProductTask<'_> {
         }
     }
 }
-
-/// Pixels for which sums go back to memory between parts of the inner dimension: 64 channels of them take 64 KiB.
-const MAX_ROWS: usize = 252;
 
 /// Pictures are summed in at most this many parts.
 const MAX_PARTS: usize = 16;
@@ -1058,6 +1050,9 @@ mod tests {
                 (2, 32, 40, 6, 7, [5, 1], 1, 2),
                 (2, 24, 40, 6, 7, [1, 5], 1, 2),
                 (1, 256, 272, 5, 6, [3, 3], 2, 1),
+                (1, 20, 16, 3, 301, [3, 3], 1, 1),
+                (1, 256, 24, 5, 199, [3, 3], 2, 1),
+                (2, 24, 20, 9, 150, [1, 1], 2, 0),
             ] {
                 let g = Geometry {
                     n,
