@@ -180,6 +180,16 @@ pub(crate) trait Lanes: Copy {
 
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
+    /// [`store`](Self::store) past the caches, to an address aligned to 64 bytes. Other threads may see it late, but for
+    /// [`fence`](Self::fence).
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { self.store(to) }
+    }
+    /// Puts what was [streamed](Self::stream) before it ahead of every later store.
+    #[inline(always)]
+    unsafe fn fence() {}
     unsafe fn splat(value: f32) -> Self;
     /// The float at an address, sixteen times. In debug builds `splat(*from)` would check the address each time.
     unsafe fn broadcast(from: *const f32) -> Self;
@@ -384,6 +394,16 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn stream(self, to: *mut f32) {
+            unsafe { _mm512_stream_ps(to, self.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn fence() {
+            unsafe { _mm_sfence() }
+        }
+
+        #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
             unsafe { Self(_mm512_set1_ps(value)) }
         }
@@ -518,6 +538,19 @@ mod x86 {
                 _mm256_maskstore_ps(to, all, self.0);
                 _mm256_maskstore_ps(to.wrapping_add(8), all, self.1);
             }
+        }
+
+        #[inline(always)]
+        unsafe fn stream(self, to: *mut f32) {
+            unsafe {
+                _mm256_stream_ps(to, self.0);
+                _mm256_stream_ps(to.wrapping_add(8), self.1);
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn fence() {
+            unsafe { _mm_sfence() }
         }
 
         #[inline(always)]

@@ -171,12 +171,15 @@ where
                     }
                     let y = op.apply::<L>(at / BLOCK, x, values, &mut sums);
                     if O::WRITES {
-                        y.store(to.at(index * plane + at));
+                        to.write(index * plane + at, y);
                     }
                 }
                 for (total, sum) in total.iter_mut().zip(sums) {
                     *total = total.add(sum);
                 }
+            }
+            if O::WRITES {
+                to.written::<L>();
             }
             for (total, to) in total.into_iter().zip(totals) {
                 total.store(to.at(index * BLOCK));

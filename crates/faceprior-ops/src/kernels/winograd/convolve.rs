@@ -314,18 +314,13 @@ impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for Chunk<'_, M, 
                 for tile in 0..tiles {
                     let (n, top, left) = shape.tile_of(T, first_tile + tile);
                     for block in 0..blocks {
-                        let plane = y.at((n * out_blocks + first + block) * shape.plane());
-                        transform_output::<L, M, T, E>(
-                            m.wrapping_add(tile * width + block * BLOCK),
-                            m_point,
-                            plane,
-                            shape,
-                            top,
-                            left,
-                        );
+                        let place = (n * out_blocks + first + block, top, left);
+                        let from = m.wrapping_add(tile * width + block * BLOCK);
+                        transform_output::<L, M, T, E>(from, m_point, y, shape, place);
                     }
                 }
             }
+            y.written::<L>();
         }
     }
 }

@@ -5,6 +5,7 @@
     reason = "columns of matrices are filled one by one"
 )]
 
+use super::super::Shared;
 use super::super::lanes::Lanes;
 use super::super::load::{AsIs, Load, Read};
 use super::matrices::{Matrices, output_to_points};
@@ -81,18 +82,19 @@ unsafe fn transform_input_as<L: Lanes, M: Matrices<T, E>, const T: usize, const 
     }
 }
 
-/// `Aᵀ m A` of one tile, written where it lies inside the picture.
+/// `Aᵀ m A` of the tile of plane `index` of `y` whose outputs start at (`top`, `left`), written where it lies inside the
+/// picture.
 ///
 /// # Safety
-/// Instructions of `L`; `from` holds the points at distances of `point`; `plane` is a plane of the shape.
+/// Instructions of `L`; `from` holds the points at distances of `point`; `y` is of the shape, and the outputs are the
+/// task's own. The task ends with [`Shared::written`].
 #[inline(always)]
 pub(super) unsafe fn transform_output<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
     from: *const f32,
     point: usize,
-    plane: *mut f32,
+    y: Shared,
     shape: Shape,
-    top: usize,
-    left: usize,
+    (index, top, left): (usize, usize, usize),
 ) {
     // SAFETY: the caller's promise; only pixels inside the picture are written.
     unsafe {
@@ -108,9 +110,9 @@ pub(super) unsafe fn transform_output<L: Lanes, M: Matrices<T, E>, const T: usiz
         }
         let columns = T.min(shape.w - left);
         for (row, half) in half.into_iter().enumerate().take(shape.h - top) {
-            let first = plane.wrapping_add(((top + row) * shape.w + left) * BLOCK);
+            let first = index * shape.plane() + ((top + row) * shape.w + left) * BLOCK;
             for (column, value) in M::points_to_output(half).into_iter().enumerate().take(columns) {
-                value.store(first.wrapping_add(column * BLOCK));
+                y.write(first + column * BLOCK, value);
             }
         }
     }

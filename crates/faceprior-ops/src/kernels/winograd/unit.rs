@@ -184,12 +184,14 @@ impl Kernel for Chunk<'_> {
         for (row, tile) in tiles.enumerate() {
             let (n, top, left) = shape.tile_of(TILE, tile);
             for block in 2 * pairs.start..out_blocks.min(2 * pairs.end) {
-                let plane = y.at((n * out_blocks + block) * shape.plane());
-                let place = ((block / 2 - pairs.start) * SQUARE + row) * SQUARE + block % 2 * BLOCK;
-                let from = sums.as_ptr().wrapping_add(place);
+                let at = ((block / 2 - pairs.start) * SQUARE + row) * SQUARE + block % 2 * BLOCK;
+                let from = sums.as_ptr().wrapping_add(at);
+                let place = (n * out_blocks + block, top, left);
                 // SAFETY: the caller promises the instructions; this task alone writes these outputs.
-                unsafe { transform_output::<L, Four, TILE, EDGE>(from, sums_point, plane, shape, top, left) };
+                unsafe { transform_output::<L, Four, TILE, EDGE>(from, sums_point, y, shape, place) };
             }
         }
+        // SAFETY: the caller promises the instructions.
+        unsafe { y.written::<L>() };
     }
 }
