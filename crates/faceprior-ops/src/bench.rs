@@ -1,7 +1,7 @@
 //! The convolution kernels one pass at a time, for measuring their rates. Not part of the interface.
 
 use crate::kernels::direct::{self, Geometry};
-use crate::kernels::winograd::{self, Shape, Tile};
+use crate::kernels::winograd::{self, Shape};
 use crate::kernels::{BLOCK, Isa};
 
 /// A convolution with its operands, `x` and `weight` and their gradients.
@@ -70,16 +70,7 @@ impl Convolution {
     pub fn forward(&mut self) {
         match self.winograd() {
             Some(shape) => {
-                let prepared = winograd::prepare(Isa::best(), shape, Tile::Four, &self.weight);
-                winograd::forward(
-                    Isa::best(),
-                    shape,
-                    Tile::Four,
-                    &self.x,
-                    None,
-                    &prepared,
-                    &mut self.y,
-                );
+                winograd::forward_once(Isa::best(), shape, &self.x, None, &self.weight, &mut self.y);
             }
             None => self.forward_direct(),
         }

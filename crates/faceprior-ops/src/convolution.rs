@@ -1,7 +1,5 @@
 //! Convolutions.
 
-use std::sync::Arc;
-
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
@@ -177,43 +175,26 @@ impl Convolution {
 }
 
 impl Convolution {
-    /// The output by an algorithm; `prepare` makes the weight ready for a kernel.
-    fn output(
-        &self,
-        isa: Isa,
-        algorithm: Algorithm,
-        x: &FlexTensor,
-        load: Option<Load>,
-        weight: &FlexTensor,
-        prepare: impl Fn(Form, &dyn Fn(&[f32]) -> Buffer) -> Arc<Buffer>,
-    ) -> FlexTensor {
+    /// The output, which `compute` fills.
+    fn output(&self, x: &FlexTensor, weight: &FlexTensor, compute: impl FnOnce(&mut [f32])) -> FlexTensor {
         let geometry = self.geometry(x, weight);
         let ([oh, ow], blocks) = (geometry.outputs(), geometry.o.div_ceil(BLOCK));
         let mut y = Buffer::take(geometry.n * blocks * oh * ow * BLOCK);
-        let from = values(x);
-        match algorithm {
-            Algorithm::Winograd(shape, tile) => {
-                let prepared = prepare(Form::Winograd(tile), &|weight| {
-                    winograd::prepare(isa, shape, tile, weight)
-                });
-                winograd::forward(isa, shape, tile, from, load, &prepared, &mut y);
-            }
-            Algorithm::Direct(geometry) => {
-                let prepared = prepare(Form::Direct, &|weight| direct::prepare(isa, geometry, weight));
-                direct::forward(isa, geometry, from, load, &prepared, &mut y);
-            }
-            Algorithm::Depthwise(geometry) => {
-                depthwise::forward(isa, geometry, from, load, values(weight), &mut y);
-            }
-        }
+        compute(&mut y);
         tensor(y, [geometry.n, blocks, oh, ow, BLOCK])
     }
 
     /// The output with a weight that is prepared for it alone.
     fn fresh(&self, x: &FlexTensor, load: Option<Load>, weight: &FlexTensor) -> FlexTensor {
-        let algorithm = self.algorithm(self.geometry(x, weight));
-        let prepare = |_, prepare: &dyn Fn(&[f32]) -> Buffer| Arc::new(prepare(values(weight)));
-        self.output(self.isa, algorithm, x, load, weight, prepare)
+        let (isa, from, taps) = (self.isa, values(x), values(weight));
+        self.output(x, weight, |y| match self.algorithm(self.geometry(x, weight)) {
+            Algorithm::Winograd(shape, _) => winograd::forward_once(isa, shape, from, load, taps, y),
+            Algorithm::Direct(geometry) => {
+                let prepared = direct::prepare(isa, geometry, taps);
+                direct::forward(isa, geometry, from, load, &prepared, y);
+            }
+            Algorithm::Depthwise(geometry) => depthwise::forward(isa, geometry, from, load, taps, y),
+        })
     }
 
     /// The output where a gradient will be asked for, and what the tape keeps.
@@ -240,9 +221,23 @@ impl Convolution {
         if n * h * w > MAX_PREPARED_PIXELS {
             return self.fresh(x, load, weight);
         }
-        let algorithm = self.algorithm_prepared(self.geometry(x, weight));
-        self.output(Isa::best(), algorithm, x, load, weight, |form, prepare| {
-            prepared(weight, form, prepare)
+        let (isa, from) = (Isa::best(), values(x));
+        self.output(x, weight, |y| {
+            match self.algorithm_prepared(self.geometry(x, weight)) {
+                Algorithm::Winograd(shape, tile) => {
+                    let prepare = |taps: &[f32]| winograd::prepare(isa, shape, tile, taps);
+                    let prepared = prepared(weight, Form::Winograd(tile), prepare);
+                    winograd::forward(isa, shape, tile, from, load, &prepared, y);
+                }
+                Algorithm::Direct(geometry) => {
+                    let prepare = |taps: &[f32]| direct::prepare(isa, geometry, taps);
+                    let prepared = prepared(weight, Form::Direct, prepare);
+                    direct::forward(isa, geometry, from, load, &prepared, y);
+                }
+                Algorithm::Depthwise(geometry) => {
+                    depthwise::forward(isa, geometry, from, load, values(weight), y)
+                }
+            }
         })
     }
 

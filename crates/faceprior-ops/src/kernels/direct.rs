@@ -751,6 +751,7 @@ impl Kernel for ProductTask<'_> {
                     c,
                     outputs.plane,
                     follows,
+                    false,
                 );
             }
         }

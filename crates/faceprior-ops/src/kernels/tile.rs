@@ -172,7 +172,7 @@ impl<const A_INNER: usize> Kernel for Product<'_, A_INNER> {
     }
 }
 
-/// C = A·B for all `rows` and `blocks`·16 columns of a panel, from `first_block` on; `runs` are the panel's.
+/// C = A·B, or C += A·B, for all `rows` and `blocks`·16 columns of a panel, from `first_block` on; `runs` are the panel's.
 ///
 /// # Safety
 /// As for [`multiply`]; `panel` is of the shape.
@@ -188,6 +188,7 @@ pub(crate) unsafe fn multiply_panel<L: Lanes>(
     c: *mut f32,
     c_block: usize,
     follows: bool,
+    accumulate: bool,
 ) {
     let runs = Runs {
         offsets: runs,
@@ -212,7 +213,7 @@ pub(crate) unsafe fn multiply_panel<L: Lanes>(
             a,
             b,
             c,
-            accumulate: false,
+            accumulate,
         });
     }
 }

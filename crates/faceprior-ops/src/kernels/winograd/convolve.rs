@@ -16,7 +16,7 @@ use super::super::weights::{Columns, WeightShape, WeightTile};
 use super::super::{Shared, parallel};
 use super::matrices::{Four, Matrices, Two};
 use super::tiles::{transform_input, transform_output};
-use super::{BLOCK, Shape, Tile, unit};
+use super::{BLOCK, Shape, Tile, pieces, unit};
 use crate::pool::Buffer;
 
 /// The weight of a convolution, `[O, I, 3, 3]`, at the points of the tiles: what [`forward`] multiplies by.
@@ -50,6 +50,23 @@ pub(crate) fn forward(
     }
 }
 
+/// [`forward`] with a weight `[O, I, 3, 3]` that is prepared for it alone.
+pub(crate) fn forward_once(
+    isa: Isa,
+    shape: Shape,
+    x: &[f32],
+    load: Option<Load>,
+    weight: &[f32],
+    y: &mut [f32],
+) {
+    let taps = Taps {
+        weight,
+        shape: shape.weight(),
+        columns: Columns::Outputs,
+    };
+    convolve_once(isa, shape, taps, x, load, y);
+}
+
 /// The gradient of the input, `dx`, from the gradient of the output, `dy`: a convolution with the flipped kernel.
 pub(crate) fn data_gradient(isa: Isa, shape: Shape, dy: &[f32], weight: &[f32], dx: &mut [f32]) {
     let taps = Taps {
@@ -62,11 +79,17 @@ pub(crate) fn data_gradient(isa: Isa, shape: Shape, dy: &[f32], weight: &[f32], 
         o: shape.i,
         ..shape
     };
-    if unit::suits(isa, flipped) {
-        unit::convolve(isa, flipped, &unit::prepare(isa, taps), dy, None, dx);
+    convolve_once(isa, flipped, taps, dy, None, dx);
+}
+
+fn convolve_once(isa: Isa, shape: Shape, taps: Taps, x: &[f32], load: Option<Load>, y: &mut [f32]) {
+    if unit::suits(isa, shape) {
+        unit::convolve(isa, shape, &unit::prepare(isa, taps), x, load, y);
+    } else if pieces::suits(shape) {
+        pieces::convolve(isa, shape, taps, x, load, y);
     } else {
         let weight = transform_weight::<Four, 4, 6>(isa, taps);
-        convolve::<Four, 4, 6>(isa, flipped, &weight, dy, None, dx);
+        convolve::<Four, 4, 6>(isa, shape, &weight, x, load, y);
     }
 }
 
@@ -309,7 +332,9 @@ impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for Chunk<'_, M, 
                         weight.as_ptr().wrapping_add(at * point),
                     );
                     let c = m.wrapping_add(at * m_point);
-                    multiply_panel::<L>(&rows, &runs, a, panel, weight, first, blocks, c, BLOCK, true);
+                    multiply_panel::<L>(
+                        &rows, &runs, a, panel, weight, first, blocks, c, BLOCK, true, false,
+                    );
                 }
                 for tile in 0..tiles {
                     let (n, top, left) = shape.tile_of(T, first_tile + tile);

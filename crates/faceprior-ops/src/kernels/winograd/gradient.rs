@@ -5,6 +5,8 @@
     reason = "columns of matrices are filled one by one"
 )]
 
+use std::ops::Range;
+
 use super::super::lanes::{Isa, Kernel, Lanes, Parts};
 use super::super::load::Load;
 use super::super::tile::{Row, Runs, Strides, multiply};
@@ -32,8 +34,21 @@ pub(crate) fn weight_gradient(
     assert_eq!(dw.len(), shape.i * shape.o * 9);
 
     // With few channels a part of the tiles has sums of its own, which stay in the cache while its tiles stream past.
-    // With many, the sums are the large thing: all tiles add to one copy, and tasks divide the points.
+    // With many, the sums are the large thing. Tasks divide them: all tiles at once by channels, so that sums become taps
+    // where they are made, or, with more tiles than that suits, by points. Either way a sum is one chain over all tiles.
     let size = POINTS * sums_point(shape);
+    let squares = all_blocks(shape)
+        .map(|blocks| blocks.len().div_ceil(GROUP))
+        .iter()
+        .product::<usize>();
+    if size > PRIVATE_FLOATS
+        && shape.tiles() <= SHARED_CHUNK_TILES
+        && squares >= rayon::current_num_threads()
+        && isa.matrices().is_none()
+    {
+        sum_by_squares(isa, shape, maps, dw);
+        return;
+    }
     let parts = if size <= PRIVATE_FLOATS {
         shape.tiles().div_ceil(PART_TILES).min(MAX_PARTS)
     } else {
@@ -89,6 +104,11 @@ fn sums_point(shape: Shape) -> usize {
     shape.i.next_multiple_of(BLOCK) * shape.o.next_multiple_of(BLOCK) + BLOCK
 }
 
+/// Blocks of inputs and of outputs.
+fn all_blocks(shape: Shape) -> [Range<usize>; 2] {
+    [shape.i, shape.o].map(|channels| 0..channels.div_ceil(BLOCK))
+}
+
 /// Floats of sums that a part has for itself: with its tiles they stay in a second-level cache of 2 MiB.
 const PRIVATE_FLOATS: usize = POINTS * (64 * 64 + BLOCK);
 const PART_TILES: usize = 128;
@@ -120,6 +140,19 @@ impl GradientTiles {
             output_point,
         }
     }
+
+    /// For products of as many columns as are a task's, on the registers.
+    fn view(&mut self, capacity: usize) -> TilesView {
+        TilesView {
+            group_blocks: GROUP,
+            matrices: None,
+            inputs: Shared::new(&mut self.inputs),
+            outputs: Shared::new(&mut self.outputs),
+            input_point: self.input_point,
+            output_point: self.output_point,
+            capacity,
+        }
+    }
 }
 
 /// Where [`GradientTiles`] of `capacity` tiles lie.
@@ -145,7 +178,7 @@ unsafe fn transform_gradient_tiles<L: Lanes>(
     maps: Maps,
     view: TilesView,
     first_tile: usize,
-    places: std::ops::Range<usize>,
+    places: Range<usize>,
 ) {
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
     for place in places {
@@ -169,29 +202,29 @@ unsafe fn transform_gradient_tiles<L: Lanes>(
     }
 }
 
-/// Adds the products of `tiles` transformed tiles at one point to that point's sums `[I, O]`.
+/// Adds the products of `tiles` transformed tiles at one point, of some blocks of inputs and of outputs, to their sums
+/// `[inputs, outputs]`.
 ///
 /// # Safety
-/// Instructions of `L`; the view holds `tiles` tiles of the shape; `sums` is one point's, written by nobody else.
+/// Instructions of `L`; the view holds `tiles` tiles of the blocks; nobody else writes the sums.
 #[inline(always)]
 unsafe fn add_point<L: Lanes>(
-    shape: Shape,
     view: TilesView,
     tiles: usize,
     point: usize,
+    [inputs, outputs]: [Range<usize>; 2],
     sums: *mut f32,
     accumulate: bool,
 ) {
-    let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
-    let columns = out_blocks * BLOCK;
-    let rows: Vec<_> = (0..in_blocks * BLOCK)
+    let columns = outputs.len() * BLOCK;
+    let rows: Vec<_> = (0..inputs.len() * BLOCK)
         .map(|input| Row {
             a: input / BLOCK * BLOCK * view.capacity + input % BLOCK,
             c: input * columns,
         })
         .collect();
-    for group in 0..out_blocks.div_ceil(view.group_blocks) {
-        let blocks = view.group_blocks.min(out_blocks - group * view.group_blocks);
+    for first in outputs.clone().step_by(view.group_blocks) {
+        let blocks = view.group_blocks.min(outputs.end - first);
         let strides = Strides {
             a_inner: BLOCK,
             b_inner: BLOCK,
@@ -204,14 +237,12 @@ unsafe fn add_point<L: Lanes>(
             offsets: &[(0, 0)],
             length: tiles,
         };
-        let first_column = group * view.group_blocks * BLOCK;
+        let block = view.capacity * BLOCK;
         // SAFETY: the caller's promise.
         unsafe {
-            let a = view.inputs.at(point * view.input_point);
-            let b = view
-                .outputs
-                .at(point * view.output_point + first_column * view.capacity);
-            let c = sums.wrapping_add(first_column);
+            let a = view.inputs.at(point * view.input_point + inputs.start * block);
+            let b = view.outputs.at(point * view.output_point + first * block);
+            let c = sums.wrapping_add((first - outputs.start) * BLOCK);
             multiply::<L>(&rows, blocks, runs, strides, a, b, c, accumulate);
         }
     }
@@ -245,16 +276,8 @@ impl Kernel for GradientPart<'_> {
         } = self;
         let sums_point = sums_point(shape);
         let mut tiles = GradientTiles::new(shape, PART_CHUNK_TILES);
-        let view = TilesView {
-            group_blocks: L::TILE_BLOCKS,
-            // Few channels: packing would cost more than the unit saves.
-            matrices: None,
-            inputs: Shared::new(&mut tiles.inputs),
-            outputs: Shared::new(&mut tiles.outputs),
-            input_point: tiles.input_point,
-            output_point: tiles.output_point,
-            capacity: PART_CHUNK_TILES,
-        };
+        // On the registers: with few channels packing would cost more than the matrix unit saves.
+        let view = tiles.view(PART_CHUNK_TILES);
         // SAFETY: the caller promises the instructions; the scratch is this task's, and so are the sums of its part.
         unsafe {
             if first_tile == last_tile {
@@ -267,7 +290,7 @@ impl Kernel for GradientPart<'_> {
                 transform_gradient_tiles::<L>(shape, maps, view, first, 0..count);
                 for point in 0..POINTS {
                     let sums = sums.at(start + point * sums_point);
-                    add_point::<L>(shape, view, count, point, sums, first > first_tile);
+                    add_point::<L>(view, count, point, all_blocks(shape), sums, first > first_tile);
                 }
             }
         }
@@ -287,26 +310,12 @@ fn sum_by_points(isa: Isa, shape: Shape, maps: Maps, sums: &mut [f32]) {
     let view = TilesView {
         group_blocks: isa.group_blocks(),
         matrices: isa.matrices().filter(|_| shape.i * shape.o >= MIN_UNIT_PAIRS),
-        inputs: Shared::new(&mut tiles.inputs),
-        outputs: Shared::new(&mut tiles.outputs),
-        input_point: tiles.input_point,
-        output_point: tiles.output_point,
-        capacity,
+        ..tiles.view(capacity)
     };
     let sums = Shared::new(sums);
     for first_tile in (0..shape.tiles()).step_by(capacity) {
         let count = capacity.min(shape.tiles() - first_tile);
-        const TASK_TILES: usize = 8;
-        parallel(count.div_ceil(TASK_TILES), |task| {
-            let places = task * TASK_TILES..count.min((task + 1) * TASK_TILES);
-            isa.run(TransformTiles {
-                shape,
-                maps,
-                view,
-                first_tile,
-                places,
-            });
-        });
+        transform_tiles(isa, shape, maps, view, first_tile, count);
         parallel(POINTS, |point| {
             isa.run(AddPoint {
                 shape,
@@ -320,12 +329,27 @@ fn sum_by_points(isa: Isa, shape: Shape, maps: Maps, sums: &mut [f32]) {
     }
 }
 
+/// Transforms `count` tiles from `first_tile` on, on all threads.
+fn transform_tiles(isa: Isa, shape: Shape, maps: Maps, view: TilesView, first_tile: usize, count: usize) {
+    const TASK_TILES: usize = 8;
+    parallel(count.div_ceil(TASK_TILES), |task| {
+        let places = task * TASK_TILES..count.min((task + 1) * TASK_TILES);
+        isa.run(TransformTiles {
+            shape,
+            maps,
+            view,
+            first_tile,
+            places,
+        });
+    });
+}
+
 struct TransformTiles<'a> {
     shape: Shape,
     maps: Maps<'a>,
     view: TilesView,
     first_tile: usize,
-    places: std::ops::Range<usize>,
+    places: Range<usize>,
 }
 
 impl Kernel for TransformTiles<'_> {
@@ -370,12 +394,12 @@ impl Kernel for AddPoint {
         // SAFETY: the caller promises the instructions; each task has a point of its own.
         unsafe {
             let sums = sums.at(point * sums_point(shape));
-            add_point::<L>(shape, view, tiles, point, sums, accumulate);
+            add_point::<L>(view, tiles, point, all_blocks(shape), sums, accumulate);
         }
     }
 }
 
-/// Blocks of outputs whose taps are made at a time.
+/// Blocks of outputs whose taps are made at a time, and of inputs of a square of sums.
 const GROUP: usize = 4;
 
 /// Adds up the parts of sixteen inputs and a group of outputs, in order, and transforms them to taps.
@@ -404,37 +428,143 @@ impl Kernel for GradientBlock<'_> {
             in_block,
         } = self;
         let out_blocks = shape.o.div_ceil(BLOCK);
-        let (columns, point) = (out_blocks * BLOCK, sums_point(shape));
+        let columns = out_blocks * BLOCK;
+        let points = Points {
+            columns,
+            point: sums_point(shape),
+            parts,
+            size,
+        };
         let mut tile = WeightTile::new(shape.weight());
         for block in group * GROUP..out_blocks.min((group + 1) * GROUP) {
-            for lane in 0..BLOCK {
-                let first = sums
-                    .as_ptr()
-                    .wrapping_add((in_block * BLOCK + lane) * columns + block * BLOCK);
-                // SAFETY: the caller promises the instructions; `sums` holds `parts` times `size` floats.
-                unsafe {
-                    let mut half = [[L::zero(); EDGE]; 3];
-                    for column in 0..EDGE {
-                        let mut s = [L::zero(); EDGE];
-                        for (row, s) in s.iter_mut().enumerate() {
-                            let at = first.wrapping_add((row * EDGE + column) * point);
-                            for part in 0..parts {
-                                *s = s.add(L::load(at.wrapping_add(part * size)));
-                            }
-                        }
-                        for (row, value) in points_to_kernel(s).into_iter().enumerate() {
-                            half[row][column] = value;
+            let first = sums
+                .as_ptr()
+                .wrapping_add(in_block * BLOCK * columns + block * BLOCK);
+            // SAFETY: the caller promises the instructions; `sums` holds `parts` times `size` floats; `dw` is a weight of
+            // the shape, and this task alone writes the tiles of its blocks.
+            unsafe {
+                points.taps::<L>(first, &mut tile);
+                tile.write::<L>(dw, block, in_block);
+            }
+        }
+    }
+}
+
+/// How sums `[part][point][input][output]` lie: outputs of an input, floats from point to point, and parts of `size` floats.
+#[derive(Clone, Copy)]
+struct Points {
+    columns: usize,
+    point: usize,
+    parts: usize,
+    size: usize,
+}
+
+impl Points {
+    /// `Gᵀ s G` of sixteen inputs and outputs from `first` on, parts added up in order.
+    ///
+    /// # Safety
+    /// Instructions of `L`; the sums lie as they say.
+    #[inline(always)]
+    unsafe fn taps<L: Lanes>(self, first: *const f32, tile: &mut WeightTile) {
+        for lane in 0..BLOCK {
+            let first = first.wrapping_add(lane * self.columns);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let mut half = [[L::zero(); EDGE]; 3];
+                for column in 0..EDGE {
+                    let mut s = [L::zero(); EDGE];
+                    for (row, s) in s.iter_mut().enumerate() {
+                        let at = first.wrapping_add((row * EDGE + column) * self.point);
+                        for part in 0..self.parts {
+                            *s = s.add(L::load(at.wrapping_add(part * self.size)));
                         }
                     }
-                    for (row, half) in half.into_iter().enumerate() {
-                        for (column, value) in points_to_kernel(half).into_iter().enumerate() {
-                            value.store(tile.outputs(lane, row * 3 + column).as_mut_ptr());
-                        }
+                    for (row, value) in points_to_kernel(s).into_iter().enumerate() {
+                        half[row][column] = value;
+                    }
+                }
+                for (row, half) in half.into_iter().enumerate() {
+                    for (column, value) in points_to_kernel(half).into_iter().enumerate() {
+                        value.store(tile.outputs(lane, row * 3 + column).as_mut_ptr());
                     }
                 }
             }
-            // SAFETY: `dw` is a weight of the shape; this task alone writes the tiles of its blocks.
-            unsafe { tile.write::<L>(dw, block, in_block) };
+        }
+    }
+}
+
+/// The taps of all channels, a square of them after another.
+fn sum_by_squares(isa: Isa, shape: Shape, maps: Maps, dw: &mut [f32]) {
+    let tiles = shape.tiles();
+    let mut transformed = GradientTiles::new(shape, tiles);
+    let view = transformed.view(tiles);
+    transform_tiles(isa, shape, maps, view, 0, tiles);
+    let dw = Shared::new(dw);
+    let [in_groups, out_groups] = all_blocks(shape).map(|blocks| blocks.len().div_ceil(GROUP));
+    parallel(in_groups * out_groups, |task| {
+        let groups = [task % in_groups, task / in_groups];
+        isa.run(GradientSquare {
+            shape,
+            view,
+            dw,
+            groups,
+        });
+    });
+}
+
+/// The taps of a group of inputs and a group of outputs: their sums stay in a second-level cache.
+struct GradientSquare {
+    shape: Shape,
+    view: TilesView,
+    dw: Shared,
+    /// Which of the inputs and of the outputs.
+    groups: [usize; 2],
+}
+
+impl Kernel for GradientSquare {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self {
+            shape,
+            view,
+            dw,
+            groups: [in_group, out_group],
+        } = self;
+        let [all_inputs, all_outputs] = all_blocks(shape);
+        let inputs = in_group * GROUP..all_inputs.end.min((in_group + 1) * GROUP);
+        let outputs = out_group * GROUP..all_outputs.end.min((out_group + 1) * GROUP);
+        let columns = outputs.len() * BLOCK;
+        let point = inputs.len() * BLOCK * columns + BLOCK;
+        let mut sums = Buffer::take(POINTS * point);
+        let points = Points {
+            columns,
+            point,
+            parts: 1,
+            size: 0,
+        };
+        let mut tile = WeightTile::new(shape.weight());
+        // SAFETY: the caller promises the instructions; the scratch is this task's, which alone writes its tiles of `dw`.
+        unsafe {
+            for at in 0..POINTS {
+                let sums = sums.as_mut_ptr().wrapping_add(at * point);
+                add_point::<L>(
+                    view,
+                    shape.tiles(),
+                    at,
+                    [inputs.clone(), outputs.clone()],
+                    sums,
+                    false,
+                );
+            }
+            for in_block in inputs.clone() {
+                for block in outputs.clone() {
+                    let (row, column) = ((in_block - inputs.start) * BLOCK, (block - outputs.start) * BLOCK);
+                    points.taps::<L>(sums.as_ptr().wrapping_add(row * columns + column), &mut tile);
+                    tile.write::<L>(dw, block, in_block);
+                }
+            }
         }
     }
 }
