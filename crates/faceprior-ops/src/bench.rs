@@ -3,17 +3,18 @@
 use crate::kernels::direct::{self, Geometry};
 use crate::kernels::winograd::{self, Shape};
 use crate::kernels::{BLOCK, Isa};
+use crate::pool::Buffer;
 
 /// A convolution with its operands, `x` and `weight` and their gradients.
 pub struct Convolution {
     geometry: Geometry,
-    x: Vec<f32>,
-    y: Vec<f32>,
-    weight: Vec<f32>,
+    x: Buffer,
+    y: Buffer,
+    weight: Buffer,
 }
 
 impl Convolution {
-    /// Makes up operands for `n` pictures of `size`² pixels.
+    /// Makes up operands, in memory as the program's own tensors have it, for `n` pictures of `size`² pixels.
     pub fn new(n: usize, [i, o]: [usize; 2], size: usize, kernel: usize, stride: usize) -> Self {
         let padding = kernel / 2;
         let geometry = Geometry {
@@ -27,7 +28,13 @@ impl Convolution {
             padding,
         };
         let [oh, ow] = geometry.outputs();
-        let values = |count: usize| (0..count).map(|index| (index % 97) as f32 / 97.0 - 0.5).collect();
+        let values = |count: usize| {
+            let mut buffer = Buffer::take(count);
+            for (index, value) in buffer.iter_mut().enumerate() {
+                *value = (index % 97) as f32 / 97.0 - 0.5;
+            }
+            buffer
+        };
         Self {
             geometry,
             x: values(n * i.next_multiple_of(BLOCK) * size * size),

@@ -59,7 +59,12 @@ unsafe fn transform_input_as<L: Lanes, M: Matrices<T, E>, const T: usize, const 
             if inside {
                 let first = plane.wrapping_add(((top - 1) * w + left - 1 + column) * BLOCK);
                 for (row, d) in d.iter_mut().enumerate() {
-                    *d = values.read(first.wrapping_add(row * w * BLOCK));
+                    let from = first.wrapping_add(row * w * BLOCK);
+                    *d = values.read(from);
+                    // What the next tile of the row reads and this one does not.
+                    if column >= E - T {
+                        L::prefetch(from.wrapping_add(T * BLOCK));
+                    }
                 }
             } else {
                 for (row, d) in d.iter_mut().enumerate() {
@@ -139,7 +144,12 @@ pub(super) unsafe fn transform_output_gradient<L: Lanes>(
             for (row, dy) in dy.iter_mut().enumerate() {
                 let (y, x) = (top + row, left + column);
                 if y < shape.h && x < shape.w {
-                    *dy = L::load(plane.wrapping_add((y * shape.w + x) * BLOCK));
+                    let from = plane.wrapping_add((y * shape.w + x) * BLOCK);
+                    *dy = L::load(from);
+                    // The next tile of the row.
+                    if left + TILE < shape.w {
+                        L::prefetch(from.wrapping_add(TILE * BLOCK));
+                    }
                 }
             }
             for (row, value) in output_to_points(dy).into_iter().enumerate() {
