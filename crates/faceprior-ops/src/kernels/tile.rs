@@ -10,7 +10,7 @@ use super::panel::Panel;
 const WIDE_ROWS: usize = 6;
 
 /// Terms of the inner dimension that are summed before the next: so many rows of B, at 64 columns 25 KiB, stay in the
-/// first-level cache while all rows of A pass by. A map of 14×14 pixels is two times as many.
+/// first-level cache while all rows of A pass by. A map of 14×14 pixels is two of them.
 pub(super) const INNER: usize = 100;
 
 /// How the operands of [`multiply`] lie in memory, distances in floats.
