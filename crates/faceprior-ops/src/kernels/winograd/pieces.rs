@@ -15,7 +15,7 @@ use super::tiles::{transform_input, transform_output};
 use super::{BLOCK, EDGE, POINTS, Shape, TILE};
 use crate::pool::Buffer;
 
-/// Tiles for which it pays to make the weight as often as there are tasks, once.
+/// Tiles up to which this form is the faster one: a task's sums of so many take 1.2 MiB.
 const MAX_TILES: usize = 256;
 /// Pairs of an input and an output channel whose transformed weight would leave a second-level cache by far.
 const MIN_PAIRS: usize = 256 * 256;
@@ -64,7 +64,7 @@ pub(super) fn convolve(isa: Isa, shape: Shape, taps: Taps, x: &[f32], load: Opti
     });
 }
 
-/// Blocks of input channels of the piece that a block belongs to, and the first of them.
+/// The piece that a block of input channels belongs to: its first block, and how many it has.
 fn piece_of(block: usize, in_blocks: usize) -> (usize, usize) {
     let first = block / PIECE * PIECE;
     (first, PIECE.min(in_blocks - first))
