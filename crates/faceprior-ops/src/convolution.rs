@@ -176,18 +176,23 @@ impl Convolution {
 
 impl Convolution {
     /// The output, which `compute` fills.
-    fn output(&self, x: &FlexTensor, weight: &FlexTensor, compute: impl FnOnce(&mut [f32])) -> FlexTensor {
+    fn output(
+        &self,
+        x: &FlexTensor,
+        weight: &FlexTensor,
+        compute: impl FnOnce(Geometry, &mut [f32]),
+    ) -> FlexTensor {
         let geometry = self.geometry(x, weight);
         let ([oh, ow], blocks) = (geometry.outputs(), geometry.o.div_ceil(BLOCK));
         let mut y = Buffer::take(geometry.n * blocks * oh * ow * BLOCK);
-        compute(&mut y);
+        compute(geometry, &mut y);
         tensor(y, [geometry.n, blocks, oh, ow, BLOCK])
     }
 
     /// The output with a weight that is prepared for it alone.
     fn fresh(&self, x: &FlexTensor, load: Option<Load>, weight: &FlexTensor) -> FlexTensor {
         let (isa, from, taps) = (self.isa, values(x), values(weight));
-        self.output(x, weight, |y| match self.algorithm(self.geometry(x, weight)) {
+        self.output(x, weight, |geometry, y| match self.algorithm(geometry) {
             Algorithm::Winograd(shape, _) => winograd::forward_once(isa, shape, from, load, taps, y),
             Algorithm::Direct(geometry) => {
                 let prepared = direct::prepare(isa, geometry, taps);
@@ -222,21 +227,19 @@ impl Convolution {
             return self.fresh(x, load, weight);
         }
         let (isa, from) = (Isa::best(), values(x));
-        self.output(x, weight, |y| {
-            match self.algorithm_prepared(self.geometry(x, weight)) {
-                Algorithm::Winograd(shape, tile) => {
-                    let prepare = |taps: &[f32]| winograd::prepare(isa, shape, tile, taps);
-                    let prepared = prepared(weight, Form::Winograd(tile), prepare);
-                    winograd::forward(isa, shape, tile, from, load, &prepared, y);
-                }
-                Algorithm::Direct(geometry) => {
-                    let prepare = |taps: &[f32]| direct::prepare(isa, geometry, taps);
-                    let prepared = prepared(weight, Form::Direct, prepare);
-                    direct::forward(isa, geometry, from, load, &prepared, y);
-                }
-                Algorithm::Depthwise(geometry) => {
-                    depthwise::forward(isa, geometry, from, load, values(weight), y)
-                }
+        self.output(x, weight, |geometry, y| match self.algorithm_prepared(geometry) {
+            Algorithm::Winograd(shape, tile) => {
+                let prepare = |taps: &[f32]| winograd::prepare(isa, shape, tile, taps);
+                let prepared = prepared(weight, Form::Winograd(tile), prepare);
+                winograd::forward(isa, shape, tile, from, load, &prepared, y);
+            }
+            Algorithm::Direct(geometry) => {
+                let prepare = |taps: &[f32]| direct::prepare(isa, geometry, taps);
+                let prepared = prepared(weight, Form::Direct, prepare);
+                direct::forward(isa, geometry, from, load, &prepared, y);
+            }
+            Algorithm::Depthwise(geometry) => {
+                depthwise::forward(isa, geometry, from, load, values(weight), y)
             }
         })
     }

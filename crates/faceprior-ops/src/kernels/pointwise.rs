@@ -178,9 +178,7 @@ where
                     *total = total.add(sum);
                 }
             }
-            if O::WRITES {
-                to.written::<L>();
-            }
+            to.written::<L>();
             for (total, to) in total.into_iter().zip(totals) {
                 total.store(to.at(index * BLOCK));
             }

@@ -121,12 +121,11 @@ pub(crate) fn forward(
         rows: oh,
         pixels: ow,
     };
+    let places = (0..g.taps()).map(|tap| (tap / g.kernel[1], tap % g.kernel[1]));
     if let Some(parts) = on_matrix_unit(isa, g) {
         let border = [g.padding; 2];
         let grid = Grid::new(parts, [g.n, g.in_blocks()], [g.h, g.w], border, border, g.stride);
-        let taps: Vec<_> = (0..g.taps())
-            .map(|tap| (tap / g.kernel[1], tap % g.kernel[1]))
-            .collect();
+        let taps: Vec<_> = places.collect();
         let product = cells::Product {
             grid,
             source: cells::Source::Maps(cells::Maps { x, load }),
@@ -140,9 +139,7 @@ pub(crate) fn forward(
     }
     let panel = panel(g.weight(), Columns::Outputs);
     assert_eq!(weight.len(), panel.size());
-    let taps = (0..g.taps())
-        .map(|tap| (tap, [tap / g.kernel[1], tap % g.kernel[1]]))
-        .collect();
+    let taps = places.enumerate().collect();
     // A single tap reads no pixels between those that outputs start at.
     let (step, stride) = if g.taps() == 1 {
         (g.stride, 1)
@@ -244,7 +241,6 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
                 product.run(isa);
                 continue;
             }
-            let places = places.into_iter().map(|(row, column)| [row, column]);
             let taps = taps.into_iter().zip(places).collect();
             phases.push(Phase { taps, outputs });
         }

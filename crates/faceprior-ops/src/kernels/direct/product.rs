@@ -138,7 +138,7 @@ pub(super) struct Product<'a> {
 /// Output pixels that meet the same taps.
 pub(super) struct Phase {
     /// Each tap that takes part, and the row and column that it reads for the first output.
-    pub(super) taps: Vec<(usize, [usize; 2])>,
+    pub(super) taps: Vec<(usize, (usize, usize))>,
     pub(super) outputs: Outputs,
 }
 
@@ -156,7 +156,7 @@ impl Product<'_> {
             return;
         };
         let pixels = sizes.map(|outputs| outputs.pixels).max().unwrap_or(0);
-        let [reach_y, reach_x] = self.reach();
+        let reach @ [reach_y, reach_x] = self.reach();
         // As many outputs along one axis as a window so wide along the other has room for.
         let fitting = |outputs: usize, width: usize, reach: usize| {
             let room = WINDOW / (self.source_blocks * BLOCK * width);
@@ -170,7 +170,7 @@ impl Product<'_> {
         let groups = self.panel.blocks.div_ceil(group_blocks);
         let windows = n * rows.div_ceil(most_rows) * pixels.div_ceil(most_pixels);
         let wanted = (2 * rayon::current_num_threads()).div_ceil(windows);
-        let task_blocks = even(groups, groups.div_ceil(wanted)) * group_blocks;
+        let task_blocks = groups.div_ceil(wanted) * group_blocks;
         let group_tasks = self.panel.blocks.div_ceil(task_blocks);
         let task_rows = even(rows, most_rows.min(rows_per_task(rows, n * group_tasks)));
         let row_tasks = rows.div_ceil(task_rows);
@@ -189,6 +189,7 @@ impl Product<'_> {
             let part = |size: usize, task: usize, length: usize| task * length..size.min((task + 1) * length);
             isa.run(ProductTask {
                 product: self,
+                reach,
                 picture,
                 blocks: part(self.panel.blocks, group, task_blocks),
                 rows: part(rows, row_task, task_rows),
@@ -199,18 +200,18 @@ impl Product<'_> {
 
     /// How far behind an output's first row and column its last taps read.
     fn reach(&self) -> [usize; 2] {
-        let places = self
-            .phases
-            .iter()
-            .flat_map(|phase| &phase.taps)
-            .map(|(_, place)| place);
-        [0, 1].map(|axis| places.clone().map(|place| place[axis]).max().unwrap_or(0))
+        let mut reach = [0; 2];
+        for (_, (row, column)) in self.phases.iter().flat_map(|phase| &phase.taps) {
+            reach = [reach[0].max(*row), reach[1].max(*column)];
+        }
+        reach
     }
 }
 
 /// Some output pixels of some columns.
 struct ProductTask<'a> {
     product: Product<'a>,
+    reach: [usize; 2],
     picture: usize,
     blocks: std::ops::Range<usize>,
     rows: std::ops::Range<usize>,
@@ -224,12 +225,12 @@ impl Kernel for ProductTask<'_> {
     unsafe fn run<L: Lanes>(self) {
         let Self {
             product: p,
+            reach,
             picture,
             blocks,
             rows,
             pixels,
         } = self;
-        let reach = p.reach();
         let [first_row, first_pixel] = [rows.start, pixels.start].map(|output| output * p.stride);
         let window @ [height, width] = [(rows.len(), reach[0]), (pixels.len(), reach[1])]
             .map(|(outputs, reach)| (outputs - 1) * p.stride + reach + 1);
@@ -270,7 +271,7 @@ impl Kernel for ProductTask<'_> {
         for Phase { taps, outputs } in p.phases {
             let mut runs = Vec::with_capacity(p.source_blocks * taps.len());
             for block in 0..p.source_blocks {
-                for (tap, [row, column]) in taps {
+                for (tap, (row, column)) in taps {
                     let run = (block * num_taps + tap) * p.panel.length * BLOCK;
                     runs.push((block * plane_floats + row * row_floats + column * BLOCK, run));
                 }

@@ -12,8 +12,7 @@ use super::super::load::Load;
 use super::super::tile::{Row, Runs, Strides, multiply};
 use super::super::weights::WeightTile;
 use super::super::{Shared, parallel};
-use super::matrices::Four;
-use super::matrices::points_to_kernel;
+use super::matrices::{Four, points_to_kernel};
 use super::tiles::{transform_input, transform_output_gradient};
 use super::{BLOCK, EDGE, POINTS, Shape, TILE};
 use crate::pool::Buffer;
@@ -37,13 +36,10 @@ pub(crate) fn weight_gradient(
     // With many, the sums are the large thing. Tasks divide them: all tiles at once by channels, so that sums become taps
     // where they are made, or, with more tiles than that suits, by points. Either way a sum is one chain over all tiles.
     let size = POINTS * sums_point(shape);
-    let squares = all_blocks(shape)
-        .map(|blocks| blocks.len().div_ceil(GROUP))
-        .iter()
-        .product::<usize>();
+    let [in_groups, out_groups] = groups(shape);
     if size > PRIVATE_FLOATS
         && shape.tiles() <= SHARED_CHUNK_TILES
-        && squares >= rayon::current_num_threads()
+        && in_groups * out_groups >= rayon::current_num_threads()
         && isa.matrices().is_none()
     {
         sum_by_squares(isa, shape, maps, dw);
@@ -76,13 +72,11 @@ pub(crate) fn weight_gradient(
 
     let dw = Shared::new(dw);
     let sums = &sums;
-    parallel(out_blocks.div_ceil(GROUP) * in_blocks, |task| {
+    parallel(out_groups * in_blocks, |task| {
         let (group, in_block) = (task / in_blocks, task % in_blocks);
         isa.run(GradientBlock {
             shape,
             sums,
-            parts,
-            size,
             dw,
             group,
             in_block,
@@ -107,6 +101,11 @@ fn sums_point(shape: Shape) -> usize {
 /// Blocks of inputs and of outputs.
 fn all_blocks(shape: Shape) -> [Range<usize>; 2] {
     [shape.i, shape.o].map(|channels| 0..channels.div_ceil(BLOCK))
+}
+
+/// Groups of blocks of inputs and of outputs.
+fn groups(shape: Shape) -> [usize; 2] {
+    all_blocks(shape).map(|blocks| blocks.len().div_ceil(GROUP))
 }
 
 /// Floats of sums that a part has for itself: with its tiles they stay in a second-level cache of 2 MiB.
@@ -216,10 +215,10 @@ unsafe fn add_point<L: Lanes>(
     sums: *mut f32,
     accumulate: bool,
 ) {
-    let columns = outputs.len() * BLOCK;
+    let (columns, block) = (outputs.len() * BLOCK, view.capacity * BLOCK);
     let rows: Vec<_> = (0..inputs.len() * BLOCK)
         .map(|input| Row {
-            a: input / BLOCK * BLOCK * view.capacity + input % BLOCK,
+            a: input / BLOCK * block + input % BLOCK,
             c: input * columns,
         })
         .collect();
@@ -228,7 +227,7 @@ unsafe fn add_point<L: Lanes>(
         let strides = Strides {
             a_inner: BLOCK,
             b_inner: BLOCK,
-            b_block: view.capacity * BLOCK,
+            b_block: block,
             c_block: BLOCK,
             matrices: view.matrices,
             b_follows: false,
@@ -237,7 +236,6 @@ unsafe fn add_point<L: Lanes>(
             offsets: &[(0, 0)],
             length: tiles,
         };
-        let block = view.capacity * BLOCK;
         // SAFETY: the caller's promise.
         unsafe {
             let a = view.inputs.at(point * view.input_point + inputs.start * block);
@@ -405,9 +403,8 @@ const GROUP: usize = 4;
 /// Adds up the parts of sixteen inputs and a group of outputs, in order, and transforms them to taps.
 struct GradientBlock<'a> {
     shape: Shape,
+    /// All parts.
     sums: &'a [f32],
-    parts: usize,
-    size: usize,
     dw: Shared,
     group: usize,
     in_block: usize,
@@ -421,18 +418,16 @@ impl Kernel for GradientBlock<'_> {
         let Self {
             shape,
             sums,
-            parts,
-            size,
             dw,
             group,
             in_block,
         } = self;
         let out_blocks = shape.o.div_ceil(BLOCK);
-        let columns = out_blocks * BLOCK;
+        let (columns, size) = (out_blocks * BLOCK, POINTS * sums_point(shape));
         let points = Points {
             columns,
             point: sums_point(shape),
-            parts,
+            parts: sums.len() / size,
             size,
         };
         let mut tile = WeightTile::new(shape.weight());
@@ -440,7 +435,7 @@ impl Kernel for GradientBlock<'_> {
             let first = sums
                 .as_ptr()
                 .wrapping_add(in_block * BLOCK * columns + block * BLOCK);
-            // SAFETY: the caller promises the instructions; `sums` holds `parts` times `size` floats; `dw` is a weight of
+            // SAFETY: the caller promises the instructions; `sums` holds whole parts; `dw` is a weight of
             // the shape, and this task alone writes the tiles of its blocks.
             unsafe {
                 points.taps::<L>(first, &mut tile);
@@ -500,7 +495,7 @@ fn sum_by_squares(isa: Isa, shape: Shape, maps: Maps, dw: &mut [f32]) {
     let view = transformed.view(tiles);
     transform_tiles(isa, shape, maps, view, 0, tiles);
     let dw = Shared::new(dw);
-    let [in_groups, out_groups] = all_blocks(shape).map(|blocks| blocks.len().div_ceil(GROUP));
+    let [in_groups, out_groups] = groups(shape);
     parallel(in_groups * out_groups, |task| {
         let groups = [task % in_groups, task / in_groups];
         isa.run(GradientSquare {
