@@ -92,11 +92,11 @@ fn on_matrix_unit(isa: Isa, geometry: Geometry) -> Option<Parts> {
 
 /// The weight of a convolution, `[O, I, kh, kw]`, as [`forward`] reads it.
 pub(crate) fn prepare(isa: Isa, geometry: Geometry, weight: &[f32]) -> Buffer {
+    let taps: Vec<_> = (0..geometry.taps()).collect();
     if let Some(parts) = on_matrix_unit(isa, geometry) {
-        let taps: Vec<_> = (0..geometry.taps()).collect();
         return cells::pack(isa, parts, weight, geometry.weight(), Columns::Outputs, &taps);
     }
-    pack(isa, weight, geometry.weight(), Columns::Outputs)
+    pack(isa, weight, geometry.weight(), Columns::Outputs, &[taps])
 }
 
 /// The convolution of `x` `[N, ⌈I/16⌉, H, W, 16]` with a prepared weight.
@@ -121,11 +121,12 @@ pub(crate) fn forward(
         rows: oh,
         pixels: ow,
     };
-    let places = (0..g.taps()).map(|tap| (tap / g.kernel[1], tap % g.kernel[1]));
+    let taps: Vec<_> = (0..g.taps())
+        .map(|tap| (tap / g.kernel[1], tap % g.kernel[1]))
+        .collect();
     if let Some(parts) = on_matrix_unit(isa, g) {
         let border = [g.padding; 2];
         let grid = Grid::new(parts, [g.n, g.in_blocks()], [g.h, g.w], border, border, g.stride);
-        let taps: Vec<_> = places.collect();
         let product = cells::Product {
             grid,
             source: cells::Source::Maps(cells::Maps { x, load }),
@@ -139,7 +140,6 @@ pub(crate) fn forward(
     }
     let panel = panel(g.weight(), Columns::Outputs);
     assert_eq!(weight.len(), panel.size());
-    let taps = places.enumerate().collect();
     // A single tap reads no pixels between those that outputs start at.
     let (step, stride) = if g.taps() == 1 {
         (g.stride, 1)
@@ -203,14 +203,8 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
         );
         (parts, grid, grid.split(isa, dy))
     });
-    let packed = if cells.is_some() {
-        // Only phases without taps are left, if any, which read nothing.
-        Buffer::take(0)
-    } else {
-        pack(isa, weight, g.weight(), Columns::Inputs)
-    };
     let dx = Shared::new(dx);
-    let mut phases = Vec::new();
+    let (mut phases, mut phase_taps) = (Vec::new(), Vec::new());
     for phase_y in 0..s.min(g.h) {
         for phase_x in 0..s.min(g.w) {
             let (taps, places): (Vec<_>, Vec<_>) = distances(kh, phase_y)
@@ -241,10 +235,19 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
                 product.run(isa);
                 continue;
             }
-            let taps = taps.into_iter().zip(places).collect();
-            phases.push(Phase { taps, outputs });
+            phases.push(Phase {
+                taps: places,
+                outputs,
+            });
+            phase_taps.push(taps);
         }
     }
+    // Phases that are left beside the matrix unit have no taps.
+    let packed = if cells.is_some() {
+        Buffer::take(0)
+    } else {
+        pack(isa, weight, g.weight(), Columns::Inputs, &phase_taps)
+    };
     let product = Product {
         x: dy,
         load: None,

@@ -27,8 +27,14 @@ pub(super) fn panel(shape: WeightShape, side: Columns) -> Panel {
     }
 }
 
-/// Packs a weight.
-pub(super) fn pack(isa: Isa, weight: &[f32], shape: WeightShape, side: Columns) -> Buffer {
+/// Packs a weight, taps of each phase together: a product reads a phase's rows one after another.
+pub(super) fn pack(
+    isa: Isa,
+    weight: &[f32],
+    shape: WeightShape,
+    side: Columns,
+    phases: &[Vec<usize>],
+) -> Buffer {
     let (columns, inner) = side.sides(shape);
     assert_eq!(weight.len(), columns * inner * shape.taps);
     let panel = panel(shape, side);
@@ -40,10 +46,11 @@ pub(super) fn pack(isa: Isa, weight: &[f32], shape: WeightShape, side: Columns) 
             weight,
             shape,
             side,
+            phases,
             panel,
             to,
             block: task / inner_blocks,
-            inner_block: task % inner_blocks,
+            inner_block: [task % inner_blocks, inner_blocks],
         });
     });
     values
@@ -54,10 +61,12 @@ struct PackBlock<'a> {
     weight: &'a [f32],
     shape: WeightShape,
     side: Columns,
+    phases: &'a [Vec<usize>],
     panel: Panel,
     to: Shared,
     block: usize,
-    inner_block: usize,
+    /// Which, and of how many.
+    inner_block: [usize; 2],
 }
 
 impl Kernel for PackBlock<'_> {
@@ -69,22 +78,27 @@ impl Kernel for PackBlock<'_> {
             weight,
             shape,
             side,
+            phases,
             panel,
             to,
             block,
-            inner_block,
+            inner_block: [inner_block, inner_blocks],
         } = self;
-        let start = panel.start(block) + inner_block * shape.taps * panel.length * BLOCK;
+        let mut first_run = 0;
         let mut tile = WeightTile::new(shape);
         // SAFETY: the caller promises the instructions; each task writes the rows and columns of its blocks, inside
         // the buffer by its size.
         unsafe {
             side.read::<L>(&mut tile, weight, block, inner_block);
-            for tap in 0..shape.taps {
-                for row in 0..panel.length {
-                    let lanes = L::load(side.row(&mut tile, row, tap));
-                    lanes.store(to.at(start + (tap * panel.length + row) * BLOCK));
+            for taps in phases {
+                for (run, tap) in (first_run + inner_block * taps.len()..).zip(taps) {
+                    let start = panel.start(block) + run * panel.length * BLOCK;
+                    for row in 0..panel.length {
+                        let lanes = L::load(side.row(&mut tile, row, *tap));
+                        lanes.store(to.at(start + row * BLOCK));
+                    }
                 }
+                first_run += inner_blocks * taps.len();
             }
         }
     }
@@ -131,14 +145,15 @@ pub(super) struct Product<'a> {
     /// Rows and columns, of those that are read, between outputs.
     pub(super) stride: usize,
     pub(super) panel: Panel,
+    /// Packed for the phases.
     pub(super) weight: &'a [f32],
     pub(super) phases: &'a [Phase],
 }
 
 /// Output pixels that meet the same taps.
 pub(super) struct Phase {
-    /// Each tap that takes part, and the row and column that it reads for the first output.
-    pub(super) taps: Vec<(usize, (usize, usize))>,
+    /// The row and column that each tap reads for the first output.
+    pub(super) taps: Vec<(usize, usize)>,
     pub(super) outputs: Outputs,
 }
 
@@ -201,7 +216,7 @@ impl Product<'_> {
     /// How far behind an output's first row and column its last taps read.
     fn reach(&self) -> [usize; 2] {
         let mut reach = [0; 2];
-        for (_, (row, column)) in self.phases.iter().flat_map(|phase| &phase.taps) {
+        for (row, column) in self.phases.iter().flat_map(|phase| &phase.taps) {
             reach = [reach[0].max(*row), reach[1].max(*column)];
         }
         reach
@@ -267,16 +282,16 @@ impl Kernel for ProductTask<'_> {
             }
             (copy.as_ptr(), width * BLOCK, height * width * BLOCK)
         };
-        let num_taps = p.panel.runs / p.source_blocks;
+        let mut first_run = 0;
         for Phase { taps, outputs } in p.phases {
             let mut runs = Vec::with_capacity(p.source_blocks * taps.len());
             for block in 0..p.source_blocks {
-                for (tap, (row, column)) in taps {
-                    let run = (block * num_taps + tap) * p.panel.length * BLOCK;
+                for (row, column) in taps {
+                    let run = (first_run + runs.len()) * p.panel.length * BLOCK;
                     runs.push((block * plane_floats + row * row_floats + column * BLOCK, run));
                 }
             }
-            let follows = taps.len() == num_taps;
+            first_run += runs.len();
             let mut places = Vec::with_capacity(rows.len() * pixels.len());
             for row in rows.start..rows.end.min(outputs.rows) {
                 for pixel in pixels.start..pixels.end.min(outputs.pixels) {
@@ -302,7 +317,7 @@ impl Kernel for ProductTask<'_> {
                     blocks.len(),
                     c,
                     outputs.plane,
-                    follows,
+                    true,
                     false,
                 );
             }
