@@ -6,7 +6,6 @@ use burn_flex::FlexTensor;
 use crate::backend::{Function, apply4, apply5, dims, values};
 use crate::feature_map::Blocks;
 use crate::kept::Kept;
-use crate::kernels::load::Load;
 use crate::kernels::pointwise;
 use crate::pending::{Activation, Constants, GradientPath, Pending, overwrite};
 use crate::{FeatureMap, reference};
@@ -159,8 +158,7 @@ impl ActivationTangent {
     ) -> FlexTensor {
         let [_, blocks, h, w, _] = dims(x);
         let Activation { gain, limit, .. } = self.activation;
-        let Load { scale, shift, slope } = constants.load();
-        let constants = [scale, shift, slope];
+        let constants = constants.as_slices();
         let Some(noise) = noise else {
             return overwrite(pointwise::ActivationSlope { gain, limit }, x, tangent, constants).0;
         };

@@ -287,11 +287,18 @@ impl Constants {
 
     /// How a kernel reads the map.
     pub(crate) fn load(&self) -> Load<'_> {
+        let [scale, shift, slope] = self.as_slices();
+        let linear = slope[..self.channels].iter().all(|slope| *slope == 1.0);
         Load {
-            scale: &self.scale,
-            shift: &self.shift,
-            slope: &self.slope,
+            scale,
+            shift,
+            slope: (!linear).then_some(slope),
         }
+    }
+
+    /// Scale, shift and slope.
+    pub(crate) fn as_slices(&self) -> [&[f32]; 3] {
+        [&self.scale, &self.shift, &self.slope]
     }
 
     /// From the gradient `dy` of the applied map that of the map as it is, and those of scale, shift and slope.
@@ -381,8 +388,7 @@ impl Apply {
         let [n, blocks, ..] = dims::<5>(x);
         let Activation { gain, limit, .. } = self.activation;
         let op = pointwise::Activation { gain, limit };
-        let constants: [&[f32]; 3] = [&constants.scale, &constants.shift, &constants.slope];
-        let (y, []) = pointwise(Isa::best(), op, n * blocks, [values(x)], constants);
+        let (y, []) = pointwise(Isa::best(), op, n * blocks, [values(x)], constants.as_slices());
         tensor(y, dims::<5>(x))
     }
 }
@@ -414,7 +420,7 @@ impl Apply {
             self.noisy(&x, &noise, strength),
             n * blocks,
             [values(&x)],
-            [&constants.scale, &constants.shift, &constants.slope],
+            constants.as_slices(),
         );
         (tensor(y, dims::<5>(&x)), (constants, noise, strength))
     }

@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::amx::{self, SQUARE};
 use super::direct::Outputs;
 use super::lanes::{Isa, Kernel, Lanes, Parts};
-use super::load::{AsIs, Load, Read};
+use super::load::{Load, Read, with_read};
 use super::weights::{Columns, WeightShape, WeightTile};
 use super::{BLOCK, Shared, parallel};
 use crate::pool::Buffer;
@@ -172,10 +172,9 @@ impl Kernel for SplitRows<'_> {
                         let to = grid.before[1] * SQUARE + block % 2 * BLOCK;
                         let (to, block) =
                             (cells.as_mut_ptr().wrapping_add(to), picture * grid.blocks + block);
-                        match self.maps.load {
-                            Some(load) => self.read::<L>(block, y, load.plane::<L>(block), to),
-                            None => self.read::<L>(block, y, AsIs, to),
-                        }
+                        with_read!(self.maps.load, block, |values: L| {
+                            self.read::<L>(block, y, values, to)
+                        });
                     }
                 } else {
                     cells.fill(0.0);

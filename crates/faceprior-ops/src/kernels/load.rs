@@ -3,34 +3,52 @@
 use super::BLOCK;
 use super::lanes::Lanes;
 
-/// A map's values pass through `z = x · scale + shift`, and a slope below zero, on their way into a kernel.
+/// A map's values pass through `z = x · scale + shift`, and perhaps a slope below zero, on their way into a kernel.
 ///
 /// Each has one value per channel `[⌈C/16⌉·16]`, or per picture and channel `[N·⌈C/16⌉·16]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Load<'a> {
     pub(crate) scale: &'a [f32],
     pub(crate) shift: &'a [f32],
-    pub(crate) slope: &'a [f32],
+    pub(crate) slope: Option<&'a [f32]>,
 }
 
-impl Load<'_> {
-    /// The constants of one plane.
-    ///
-    /// # Safety
-    /// The processor must have the instructions of `L`.
-    #[inline(always)]
-    pub(crate) unsafe fn plane<L: Lanes>(&self, plane: usize) -> PlaneLoad<L> {
-        let of_plane = |constants: &[f32]| constants[plane * BLOCK % constants.len()..][..BLOCK].as_ptr();
-        let (scale, shift, slope) = (of_plane(self.scale), of_plane(self.shift), of_plane(self.slope));
-        // SAFETY: the caller promises the instructions; slices of sixteen floats.
-        unsafe {
-            PlaneLoad {
-                scale: L::load(scale),
-                shift: L::load(shift),
-                slope: L::load(slope),
+/// The value of an expression for one plane of a map that is read by an `Option<Load>`: in it a name stands for how
+/// ([`Read`]).
+macro_rules! with_read {
+    ($load:expr, $plane:expr, |$values:ident: $lanes:ident| $result:expr) => {
+        match $load {
+            None => {
+                let $values = $crate::kernels::load::AsIs;
+                $result
+            }
+            Some(load) => {
+                let linear = $crate::kernels::load::Linear::<$lanes>::new(load, $plane);
+                match load.slope {
+                    None => {
+                        let $values = linear;
+                        $result
+                    }
+                    Some(slope) => {
+                        let $values = $crate::kernels::load::Sloped::new(linear, slope, $plane);
+                        $result
+                    }
+                }
             }
         }
-    }
+    };
+}
+pub(crate) use with_read;
+
+/// The constants of one plane.
+///
+/// # Safety
+/// The processor must have the instructions of `L`.
+#[inline(always)]
+unsafe fn of_plane<L: Lanes>(constants: &[f32], plane: usize) -> L {
+    let constants = &constants[plane * BLOCK % constants.len()..][..BLOCK];
+    // SAFETY: the caller promises the instructions; sixteen floats.
+    unsafe { L::load(constants.as_ptr()) }
 }
 
 /// How sixteen values are read.
@@ -52,20 +70,60 @@ impl<L: Lanes> Read<L> for AsIs {
     }
 }
 
-/// [`Load`] for one plane.
+/// [`Load`] without a slope, for one plane.
 #[derive(Clone, Copy)]
-pub(crate) struct PlaneLoad<L> {
+pub(crate) struct Linear<L> {
     scale: L,
     shift: L,
+}
+
+impl<L: Lanes> Linear<L> {
+    /// # Safety
+    /// The processor must have the instructions of `L`.
+    #[inline(always)]
+    pub(crate) unsafe fn new(load: Load, plane: usize) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            Self {
+                scale: of_plane(load.scale, plane),
+                shift: of_plane(load.shift, plane),
+            }
+        }
+    }
+}
+
+impl<L: Lanes> Read<L> for Linear<L> {
+    #[inline(always)]
+    unsafe fn read(self, from: *const f32) -> L {
+        // SAFETY: the caller's promise.
+        unsafe { L::load(from).mul_add(self.scale, self.shift) }
+    }
+}
+
+/// [`Load`] with a slope, for one plane.
+#[derive(Clone, Copy)]
+pub(crate) struct Sloped<L> {
+    linear: Linear<L>,
     slope: L,
 }
 
-impl<L: Lanes> Read<L> for PlaneLoad<L> {
+impl<L: Lanes> Sloped<L> {
+    /// # Safety
+    /// The processor must have the instructions of `L`.
+    #[inline(always)]
+    pub(crate) unsafe fn new(linear: Linear<L>, slope: &[f32], plane: usize) -> Self {
+        // SAFETY: the caller's promise.
+        let slope = unsafe { of_plane(slope, plane) };
+        Self { linear, slope }
+    }
+}
+
+impl<L: Lanes> Read<L> for Sloped<L> {
     #[inline(always)]
     unsafe fn read(self, from: *const f32) -> L {
         // SAFETY: the caller's promise.
         unsafe {
-            let z = L::load(from).mul_add(self.scale, self.shift);
+            let z = self.linear.read(from);
             z.select_greater(L::zero(), z, z.mul(self.slope))
         }
     }
@@ -89,7 +147,10 @@ mod tests {
             .enumerate()
             .map(|(index, x)| {
                 let z = x.mul_add(at(load.scale, index), at(load.shift, index));
-                if z > 0.0 { z } else { z * at(load.slope, index) }
+                match load.slope {
+                    Some(slope) if z <= 0.0 => z * at(slope, index),
+                    _ => z,
+                }
             })
             .collect()
     }
@@ -99,18 +160,18 @@ mod tests {
         let (n, c, h, w) = (3, 64, 13, 11);
         let x = normal(n * c * h * w, 1);
         let rows = normal(n * c, 2);
-        let load = Load {
+        let loads = [None, Some(&rows[c..2 * c])].map(|slope| Load {
             scale: &rows,
             shift: &rows[..c],
-            slope: &rows[c..2 * c],
-        };
-        let seen = apply(load, &x, n * c / BLOCK);
+            slope,
+        });
         // Where the processor has no fused multiply-add, the portable form rounds twice.
         let fused = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
-        for isa in Isa::available()
+        let sets = Isa::available()
             .into_iter()
-            .filter(|isa| fused || *isa != Isa::Portable)
-        {
+            .filter(|isa| fused || *isa != Isa::Portable);
+        for (isa, load) in sets.flat_map(|isa| loads.map(|load| (isa, load))) {
+            let seen = apply(load, &x, n * c / BLOCK);
             let shape = Shape { n, i: c, o: c, h, w };
             let weight = normal(c * c * 9, 3);
             let dy = normal(n * c * h * w, 4);

@@ -2,7 +2,7 @@
 
 use super::super::BLOCK;
 use super::super::lanes::{Kernel, Lanes};
-use super::super::load::{AsIs, Load, Read};
+use super::super::load::{Load, Read, with_read};
 
 /// One plane of a map within a border of zeros, [`Load`] applied, phase by phase: a phase has the pixels whose row and
 /// column, counted from the border's first, are its own modulo the stride. With stride 1 there is one.
@@ -75,11 +75,6 @@ impl Kernel for CopyPlane<'_> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         // SAFETY: the caller promises the instructions.
-        unsafe {
-            match self.load {
-                Some(load) => self.copy::<L>(load.plane::<L>(self.plane)),
-                None => self.copy::<L>(AsIs),
-            }
-        }
+        unsafe { with_read!(self.load, self.plane, |values: L| self.copy::<L>(values)) }
     }
 }

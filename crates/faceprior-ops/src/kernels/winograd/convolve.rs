@@ -1,11 +1,5 @@
 //! The convolution and its data gradient, chunk by chunk of tiles.
 
-#![allow(
-    clippy::needless_range_loop,
-    reason = "columns of matrices are filled one by one"
-)]
-
-use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::super::lanes::{Isa, Kernel, Lanes};
@@ -14,8 +8,9 @@ use super::super::panel::Panel;
 use super::super::tile::{Row, multiply_panel};
 use super::super::weights::{Columns, WeightShape, WeightTile};
 use super::super::{Shared, parallel};
-use super::matrices::{Four, Matrices, Two};
-use super::tiles::{transform_input, transform_output};
+use super::grid::Grid;
+use super::matrices::{Half, kernel_to_points};
+use super::tiles::{TransformInput, TransformOutput};
 use super::{BLOCK, Shape, Tile, pieces, unit};
 use crate::pool::Buffer;
 
@@ -28,8 +23,7 @@ pub(crate) fn prepare(isa: Isa, shape: Shape, tile: Tile, weight: &[f32]) -> Buf
     };
     match tile {
         Tile::Four if unit::suits(isa, shape) => unit::prepare(isa, taps),
-        Tile::Two => transform_weight::<Two, 2, 4>(isa, taps),
-        Tile::Four => transform_weight::<Four, 4, 6>(isa, taps),
+        _ => transform_weight(isa, taps, tile.grid(shape).edge()),
     }
 }
 
@@ -45,8 +39,7 @@ pub(crate) fn forward(
 ) {
     match tile {
         Tile::Four if unit::suits(isa, shape) => unit::convolve(isa, shape, prepared, x, load, y),
-        Tile::Two => convolve::<Two, 2, 4>(isa, shape, prepared, x, load, y),
-        Tile::Four => convolve::<Four, 4, 6>(isa, shape, prepared, x, load, y),
+        _ => convolve(isa, tile.grid(shape), prepared, x, load, y),
     }
 }
 
@@ -88,8 +81,9 @@ fn convolve_once(isa: Isa, shape: Shape, taps: Taps, x: &[f32], load: Option<Loa
     } else if pieces::suits(shape) {
         pieces::convolve(isa, shape, taps, x, load, y);
     } else {
-        let weight = transform_weight::<Four, 4, 6>(isa, taps);
-        convolve::<Four, 4, 6>(isa, shape, &weight, x, load, y);
+        let grid = Tile::Four.grid(shape);
+        let weight = transform_weight(isa, taps, grid.edge());
+        convolve(isa, grid, &weight, x, load, y);
     }
 }
 
@@ -102,21 +96,23 @@ pub(super) struct Taps<'a> {
 }
 
 impl Taps<'_> {
-    /// `G g Gᵀ` of a row of sixteen kernels of a tile of the weight, one value per point at distances of `point`.
+    /// `G g Gᵀ` of a row of sixteen kernels of a tile of the weight, one value for each of `edge`² points at distances of
+    /// `point`.
     ///
     /// # Safety
     /// Instructions of `L`; `to` has room for the points.
     #[inline(always)]
-    pub(super) unsafe fn transform<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
+    pub(super) unsafe fn transform<L: Lanes>(
         self,
         tile: &mut WeightTile,
         lane: usize,
+        edge: usize,
         to: *mut f32,
         point: usize,
     ) {
         // SAFETY: the caller's promise.
         unsafe {
-            let mut half = [[L::zero(); 3]; E];
+            let mut half = Half::new();
             for column in 0..3 {
                 let mut g = [L::zero(); 3];
                 for (row, g) in g.iter_mut().enumerate() {
@@ -125,34 +121,27 @@ impl Taps<'_> {
                     let tap = if flipped { 8 - tap } else { tap };
                     *g = L::load(self.columns.row(tile, lane, tap));
                 }
-                for (row, value) in M::kernel_to_points(g).into_iter().enumerate() {
-                    half[row][column] = value;
-                }
+                half.write_column(column, kernel_to_points(g));
             }
-            for (row, half) in half.into_iter().enumerate() {
-                for (column, value) in M::kernel_to_points(half).into_iter().enumerate() {
-                    value.store(to.wrapping_add((row * E + column) * point));
+            for row in 0..edge {
+                let values = kernel_to_points(half.row::<L, 3>(row));
+                for (column, value) in values.into_iter().enumerate().take(edge) {
+                    value.store(to.wrapping_add((row * edge + column) * point));
                 }
             }
         }
     }
 }
 
-fn convolve<M: Matrices<T, E>, const T: usize, const E: usize>(
-    isa: Isa,
-    shape: Shape,
-    weight: &[f32],
-    x: &[f32],
-    load: Option<Load>,
-    y: &mut [f32],
-) {
+fn convolve(isa: Isa, grid: Grid, weight: &[f32], x: &[f32], load: Option<Load>, y: &mut [f32]) {
+    let shape = grid.shape;
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
     assert_eq!(x.len(), shape.n * in_blocks * shape.plane());
     assert_eq!(y.len(), shape.n * out_blocks * shape.plane());
     let panel = panel(shape.i, shape.o);
-    assert_eq!(weight.len(), E * E * (panel.size() + BLOCK));
+    assert_eq!(weight.len(), grid.points() * (panel.size() + BLOCK));
 
-    let (threads, tiles) = (rayon::current_num_threads(), shape.tiles_of(T));
+    let (threads, tiles) = (rayon::current_num_threads(), grid.tiles());
     // Each thread reads its part of the weight, which is more than a chunk's inputs.
     let shareable = out_blocks.div_ceil(SPLIT_BLOCKS);
     let chunks = match tiles.div_ceil(CHUNK_TILES) {
@@ -169,17 +158,15 @@ fn convolve<M: Matrices<T, E>, const T: usize, const E: usize>(
     parallel(chunks * splits, |task| {
         let first_tile = task / splits * chunk_tiles;
         let first_block = task % splits * split_blocks;
-        isa.run(Chunk::<M, T, E> {
-            matrices: PhantomData,
-            shape,
+        isa.run(Chunk {
+            grid,
             x,
             load,
             panel,
             point: panel.size() + BLOCK,
             weight,
             y,
-            first_tile,
-            tiles: chunk_tiles.min(tiles - first_tile),
+            tiles: first_tile..tiles.min(first_tile + chunk_tiles),
             blocks: first_block..(first_block + split_blocks).min(out_blocks),
         });
     });
@@ -201,20 +188,20 @@ fn panel(inputs: usize, outputs: usize) -> Panel {
     }
 }
 
-/// `G g Gᵀ` for all pairs of channels: a panel for each point, a cache line apart, lest the streams of a transform meet
-/// in one cache set.
-fn transform_weight<M: Matrices<T, E>, const T: usize, const E: usize>(isa: Isa, taps: Taps) -> Buffer {
+/// `G g Gᵀ` for all pairs of channels: a panel for each of `edge`² points, a cache line apart, lest the streams of a
+/// transform meet in one cache set.
+fn transform_weight(isa: Isa, taps: Taps, edge: usize) -> Buffer {
     let (outputs, inputs) = taps.columns.sides(taps.shape);
     assert_eq!(taps.weight.len(), inputs * outputs * 9);
     let panel = panel(inputs, outputs);
     let point = panel.size() + BLOCK;
-    let mut transformed = Buffer::take(E * E * point);
+    let mut transformed = Buffer::take(edge * edge * point);
     let to = Shared::new(&mut transformed);
     let in_blocks = panel.length / BLOCK;
     parallel(panel.blocks.div_ceil(GROUP) * in_blocks, |task| {
-        isa.run(WeightBlocks::<M, T, E> {
-            matrices: PhantomData,
+        isa.run(WeightBlocks {
             taps,
+            edge,
             panel,
             point,
             to,
@@ -229,9 +216,9 @@ fn transform_weight<M: Matrices<T, E>, const T: usize, const E: usize>(isa: Isa,
 const GROUP: usize = 4;
 
 /// The transformed taps of a group of blocks of outputs and one block of inputs.
-struct WeightBlocks<'a, M, const T: usize, const E: usize> {
-    matrices: PhantomData<M>,
+struct WeightBlocks<'a> {
     taps: Taps<'a>,
+    edge: usize,
     panel: Panel,
     point: usize,
     to: Shared,
@@ -239,19 +226,19 @@ struct WeightBlocks<'a, M, const T: usize, const E: usize> {
     in_block: usize,
 }
 
-impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for WeightBlocks<'_, M, T, E> {
+impl Kernel for WeightBlocks<'_> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
             taps,
+            edge,
             panel,
             point,
             to,
             group,
             in_block,
-            ..
         } = self;
         let mut tile = WeightTile::new(taps.shape);
         for block in group * GROUP..panel.blocks.min((group + 1) * GROUP) {
@@ -261,52 +248,48 @@ impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for WeightBlocks<
                 let to = to.at(panel.start(block) + (in_block * BLOCK + lane) * BLOCK);
                 // SAFETY: the caller promises the instructions. This task alone writes the columns of its group in
                 // the rows of its input block, which lie inside the buffer by its size.
-                unsafe { taps.transform::<L, M, T, E>(&mut tile, lane, to, point) };
+                unsafe { taps.transform::<L>(&mut tile, lane, edge, to, point) };
             }
         }
     }
 }
 
 /// Some tiles and output channels of a convolution: transform, a matrix product for each point, transform back.
-struct Chunk<'a, M, const T: usize, const E: usize> {
-    matrices: PhantomData<M>,
-    shape: Shape,
+struct Chunk<'a> {
+    grid: Grid,
     x: &'a [f32],
     load: Option<Load<'a>>,
     panel: Panel,
     point: usize,
     weight: &'a [f32],
     y: Shared,
-    first_tile: usize,
-    tiles: usize,
+    tiles: Range<usize>,
     blocks: Range<usize>,
 }
 
-impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for Chunk<'_, M, T, E> {
+impl Kernel for Chunk<'_> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
-            shape,
+            grid,
             x,
             load,
             panel,
             point,
             weight,
             y,
-            first_tile,
             tiles,
             blocks: all_blocks,
-            ..
         } = self;
-        let points = E * E;
+        let points = grid.points();
         let (inputs, out_blocks) = (panel.length, panel.blocks);
         let in_blocks = inputs / BLOCK;
         let widest = L::TILE_BLOCKS.min(all_blocks.len()) * BLOCK;
         // A cache line more per point, as in the weight.
-        let v_point = tiles * inputs + BLOCK;
-        let m_point = tiles * widest + BLOCK;
+        let v_point = tiles.len() * inputs + BLOCK;
+        let m_point = tiles.len() * widest + BLOCK;
         let mut v = Buffer::take(points * v_point);
         let mut m = Buffer::take(points * m_point);
         let (v, m) = (v.as_mut_ptr(), m.as_mut_ptr());
@@ -314,34 +297,46 @@ impl<M: Matrices<T, E>, const T: usize, const E: usize> Kernel for Chunk<'_, M, 
         // SAFETY: the caller promises the instructions. Scratch is sized above; `x` and `y` are sized by the caller
         // as the shape says. This task alone writes the outputs of its tiles and blocks.
         unsafe {
-            for tile in 0..tiles {
-                let (n, top, left) = shape.tile_of(T, first_tile + tile);
+            for (row, tile) in tiles.clone().enumerate() {
+                let place = grid.place(tile);
                 for block in 0..in_blocks {
-                    let place = (n * in_blocks + block, top, left);
-                    let to = v.wrapping_add(tile * inputs + block * BLOCK);
-                    transform_input::<L, M, T, E>(x, load, shape, place, to, v_point);
+                    L::call(TransformInput {
+                        x,
+                        load,
+                        plane: place.picture * in_blocks + block,
+                        grid,
+                        place,
+                        to: v.wrapping_add(row * inputs + block * BLOCK),
+                        point: v_point,
+                    });
                 }
             }
             for first in all_blocks.clone().step_by(L::TILE_BLOCKS) {
                 let blocks = L::TILE_BLOCKS.min(all_blocks.end - first);
                 let width = blocks * BLOCK;
-                let rows = Row::spaced(tiles, inputs, width);
+                let rows = Row::spaced(tiles.len(), inputs, width);
                 for at in 0..points {
+                    let rows = &rows[grid.having(at, &tiles)];
                     let (a, weight) = (
                         v.wrapping_add(at * v_point),
                         weight.as_ptr().wrapping_add(at * point),
                     );
                     let c = m.wrapping_add(at * m_point);
                     multiply_panel::<L>(
-                        &rows, &runs, a, panel, weight, first, blocks, c, BLOCK, true, false,
+                        rows, &runs, a, panel, weight, first, blocks, c, BLOCK, true, false,
                     );
                 }
-                for tile in 0..tiles {
-                    let (n, top, left) = shape.tile_of(T, first_tile + tile);
+                for (row, tile) in tiles.clone().enumerate() {
+                    let place = grid.place(tile);
                     for block in 0..blocks {
-                        let place = (n * out_blocks + first + block, top, left);
-                        let from = m.wrapping_add(tile * width + block * BLOCK);
-                        transform_output::<L, M, T, E>(from, m_point, y, shape, place);
+                        L::call(TransformOutput {
+                            from: m.wrapping_add(row * width + block * BLOCK),
+                            point: m_point,
+                            y,
+                            plane: place.picture * out_blocks + first + block,
+                            grid,
+                            place,
+                        });
                     }
                 }
             }

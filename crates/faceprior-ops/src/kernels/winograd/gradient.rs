@@ -1,10 +1,5 @@
 //! The weight gradient: sums over tiles.
 
-#![allow(
-    clippy::needless_range_loop,
-    reason = "columns of matrices are filled one by one"
-)]
-
 use std::ops::Range;
 
 use super::super::lanes::{Isa, Kernel, Lanes, Parts};
@@ -12,9 +7,10 @@ use super::super::load::Load;
 use super::super::tile::{Row, Runs, Strides, multiply};
 use super::super::weights::WeightTile;
 use super::super::{Shared, parallel};
-use super::matrices::{Four, points_to_kernel};
-use super::tiles::{transform_input, transform_output_gradient};
-use super::{BLOCK, EDGE, POINTS, Shape, TILE};
+use super::grid::Grid;
+use super::matrices::{Half, points_to_kernel};
+use super::tiles::{TransformInput, TransformOutputGradient};
+use super::{BLOCK, EDGE, POINTS, Shape};
 use crate::pool::Buffer;
 
 /// The gradient of the weight, `dw` `[O, I, 3, 3]`, from the input and the gradient of the output.
@@ -179,37 +175,46 @@ unsafe fn transform_gradient_tiles<L: Lanes>(
     first_tile: usize,
     places: Range<usize>,
 ) {
-    let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
-    for place in places {
-        let (n, top, left) = shape.tile_of(TILE, first_tile + place);
+    let grid = Grid::new(shape);
+    let [in_blocks, out_blocks] = all_blocks(shape).map(|blocks| blocks.len());
+    for at in places {
+        let place = grid.place(first_tile + at);
         // SAFETY: the caller's promise.
         unsafe {
             for block in 0..in_blocks {
-                let at = (n * in_blocks + block, top, left);
-                let to = view.inputs.at((block * view.capacity + place) * BLOCK);
-                transform_input::<L, Four, TILE, EDGE>(maps.x, maps.load, shape, at, to, view.input_point);
+                L::call(TransformInput {
+                    x: maps.x,
+                    load: maps.load,
+                    plane: place.picture * in_blocks + block,
+                    grid,
+                    place,
+                    to: view.inputs.at((block * view.capacity + at) * BLOCK),
+                    point: view.input_point,
+                });
             }
             for block in 0..out_blocks {
-                let plane = maps
-                    .dy
-                    .as_ptr()
-                    .wrapping_add((n * out_blocks + block) * shape.plane());
-                let to = view.outputs.at((block * view.capacity + place) * BLOCK);
-                transform_output_gradient::<L>(plane, shape, top, left, to, view.output_point);
+                L::call(TransformOutputGradient {
+                    dy: maps.dy,
+                    plane: place.picture * out_blocks + block,
+                    grid,
+                    place,
+                    to: view.outputs.at((block * view.capacity + at) * BLOCK),
+                    point: view.output_point,
+                });
             }
         }
     }
 }
 
-/// Adds the products of `tiles` transformed tiles at one point, of some blocks of inputs and of outputs, to their sums
-/// `[inputs, outputs]`.
+/// Adds the products of the transformed tiles in some places at one point, of some blocks of inputs and of outputs, to
+/// their sums `[inputs, outputs]`.
 ///
 /// # Safety
-/// Instructions of `L`; the view holds `tiles` tiles of the blocks; nobody else writes the sums.
+/// Instructions of `L`; the view holds the blocks of these tiles; nobody else writes the sums.
 #[inline(always)]
 unsafe fn add_point<L: Lanes>(
     view: TilesView,
-    tiles: usize,
+    places: Range<usize>,
     point: usize,
     [inputs, outputs]: [Range<usize>; 2],
     sums: *mut f32,
@@ -233,8 +238,8 @@ unsafe fn add_point<L: Lanes>(
             b_follows: false,
         };
         let runs = Runs {
-            offsets: &[(0, 0)],
-            length: tiles,
+            offsets: &[(places.start * BLOCK, places.start * BLOCK)],
+            length: places.len(),
         };
         // SAFETY: the caller's promise.
         unsafe {
@@ -272,7 +277,7 @@ impl Kernel for GradientPart<'_> {
             first_tile,
             last_tile,
         } = self;
-        let sums_point = sums_point(shape);
+        let (grid, sums_point) = (Grid::new(shape), sums_point(shape));
         let mut tiles = GradientTiles::new(shape, PART_CHUNK_TILES);
         // On the registers: with few channels packing would cost more than the matrix unit saves.
         let view = tiles.view(PART_CHUNK_TILES);
@@ -284,11 +289,11 @@ impl Kernel for GradientPart<'_> {
                 }
             }
             for first in (first_tile..last_tile).step_by(PART_CHUNK_TILES) {
-                let count = PART_CHUNK_TILES.min(last_tile - first);
-                transform_gradient_tiles::<L>(shape, maps, view, first, 0..count);
+                let chunk = first..last_tile.min(first + PART_CHUNK_TILES);
+                transform_gradient_tiles::<L>(shape, maps, view, first, 0..chunk.len());
                 for point in 0..POINTS {
-                    let sums = sums.at(start + point * sums_point);
-                    add_point::<L>(view, count, point, all_blocks(shape), sums, first > first_tile);
+                    let (places, sums) = (grid.having(point, &chunk), sums.at(start + point * sums_point));
+                    add_point::<L>(view, places, point, all_blocks(shape), sums, first > first_tile);
                 }
             }
         }
@@ -318,7 +323,7 @@ fn sum_by_points(isa: Isa, shape: Shape, maps: Maps, sums: &mut [f32]) {
             isa.run(AddPoint {
                 shape,
                 view,
-                tiles: count,
+                places: Grid::new(shape).having(point, &(first_tile..first_tile + count)),
                 point,
                 sums,
                 accumulate: first_tile > 0,
@@ -370,7 +375,7 @@ impl Kernel for TransformTiles<'_> {
 struct AddPoint {
     shape: Shape,
     view: TilesView,
-    tiles: usize,
+    places: Range<usize>,
     point: usize,
     sums: Shared,
     accumulate: bool,
@@ -384,7 +389,7 @@ impl Kernel for AddPoint {
         let Self {
             shape,
             view,
-            tiles,
+            places,
             point,
             sums,
             accumulate,
@@ -392,7 +397,7 @@ impl Kernel for AddPoint {
         // SAFETY: the caller promises the instructions; each task has a point of its own.
         unsafe {
             let sums = sums.at(point * sums_point(shape));
-            add_point::<L>(view, tiles, point, all_blocks(shape), sums, accumulate);
+            add_point::<L>(view, places, point, all_blocks(shape), sums, accumulate);
         }
     }
 }
@@ -465,7 +470,7 @@ impl Points {
             let first = first.wrapping_add(lane * self.columns);
             // SAFETY: the caller's promise.
             unsafe {
-                let mut half = [[L::zero(); EDGE]; 3];
+                let mut half = Half::new();
                 for column in 0..EDGE {
                     let mut s = [L::zero(); EDGE];
                     for (row, s) in s.iter_mut().enumerate() {
@@ -474,12 +479,11 @@ impl Points {
                             *s = s.add(L::load(at.wrapping_add(part * self.size)));
                         }
                     }
-                    for (row, value) in points_to_kernel(s).into_iter().enumerate() {
-                        half[row][column] = value;
-                    }
+                    half.write_column(column, points_to_kernel(s));
                 }
-                for (row, half) in half.into_iter().enumerate() {
-                    for (column, value) in points_to_kernel(half).into_iter().enumerate() {
+                for row in 0..3 {
+                    let values = points_to_kernel(half.row::<L, EDGE>(row));
+                    for (column, value) in values.into_iter().enumerate() {
                         value.store(tile.outputs(lane, row * 3 + column).as_mut_ptr());
                     }
                 }
@@ -527,6 +531,7 @@ impl Kernel for GradientSquare {
             dw,
             groups: [in_group, out_group],
         } = self;
+        let grid = Grid::new(shape);
         let [all_inputs, all_outputs] = all_blocks(shape);
         let inputs = in_group * GROUP..all_inputs.end.min((in_group + 1) * GROUP);
         let outputs = out_group * GROUP..all_outputs.end.min((out_group + 1) * GROUP);
@@ -546,7 +551,7 @@ impl Kernel for GradientSquare {
                 let sums = sums.as_mut_ptr().wrapping_add(at * point);
                 add_point::<L>(
                     view,
-                    shape.tiles(),
+                    grid.having(at, &(0..grid.tiles())),
                     at,
                     [inputs.clone(), outputs.clone()],
                     sums,

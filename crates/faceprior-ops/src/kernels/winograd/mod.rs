@@ -8,9 +8,14 @@
 //!
 //! The matrices are those of Toom-Cook at the points 0, ±p, ±q, ∞. With p = 5/8 and q = 3/2 rounding errors are half
 //! those of the usual 1 and 2; the tests bound them against float64.
+//!
+//! Of rows and columns that are no multiple of four the last tile has three or two outputs, and takes five or four of the
+//! same points: the weight at a point serves tiles of all sizes. A map of 14×14 pixels needs 22² products instead of 24²,
+//! one of 7×7 11² instead of 12².
 
 mod convolve;
 mod gradient;
+mod grid;
 mod matrices;
 mod pieces;
 mod tiles;
@@ -18,6 +23,7 @@ mod unit;
 
 pub(crate) use convolve::{data_gradient, forward, forward_once, prepare};
 pub(crate) use gradient::weight_gradient;
+use grid::Grid;
 
 use super::BLOCK;
 use super::weights::WeightShape;
@@ -36,6 +42,15 @@ pub(crate) enum Tile {
     Two,
     /// 4×4: 36 products of 144, and weights of 36 points.
     Four,
+}
+
+impl Tile {
+    fn grid(self, shape: Shape) -> Grid {
+        match self {
+            Self::Two => Grid::of_equal(shape, 2),
+            Self::Four => Grid::new(shape),
+        }
+    }
 }
 
 /// Shape of a convolution: `n` pictures of `h`×`w` pixels, `i` input and `o` output channels.
@@ -59,6 +74,7 @@ impl Shape {
         self.n * self.h.div_ceil(side) * self.w.div_ceil(side)
     }
 
+    /// Floats of a plane.
     fn plane(self) -> usize {
         self.h * self.w * BLOCK
     }
@@ -69,16 +85,6 @@ impl Shape {
             inputs: self.i,
             taps: 9,
         }
-    }
-
-    /// Picture, top row and left column of the outputs of a tile of `side`×`side`.
-    fn tile_of(self, side: usize, index: usize) -> (usize, usize, usize) {
-        let (high, wide) = (self.h.div_ceil(side), self.w.div_ceil(side));
-        (
-            index / (high * wide),
-            index / wide % high * side,
-            index % wide * side,
-        )
     }
 }
 

@@ -10,9 +10,9 @@ use super::super::tile::{Row, multiply_panel};
 use super::super::weights::WeightTile;
 use super::super::{Shared, parallel};
 use super::convolve::Taps;
-use super::matrices::Four;
-use super::tiles::{transform_input, transform_output};
-use super::{BLOCK, EDGE, POINTS, Shape, TILE};
+use super::grid::Grid;
+use super::tiles::{TransformInput, TransformOutput};
+use super::{BLOCK, EDGE, POINTS, Shape};
 use crate::pool::Buffer;
 
 /// Tiles up to which this form is the faster one: a task's sums of so many take 1.2 MiB.
@@ -36,13 +36,14 @@ pub(super) fn convolve(isa: Isa, shape: Shape, taps: Taps, x: &[f32], load: Opti
     assert_eq!(y.len(), shape.n * out_blocks * shape.plane());
     assert_eq!(taps.weight.len(), shape.i * shape.o * 9);
     // `[point][piece][tile][channel]`, a cache line more for each point, lest the streams of a transform meet in one set.
-    let tiles = shape.tiles();
+    let grid = Grid::new(shape);
+    let tiles = grid.tiles();
     let point = in_blocks * tiles * BLOCK + BLOCK;
     let mut inputs = Buffer::take(POINTS * point);
     let to = Shared::new(&mut inputs);
     parallel(tiles, |tile| {
         isa.run(Inputs {
-            shape,
+            grid,
             x,
             load,
             tile,
@@ -54,7 +55,7 @@ pub(super) fn convolve(isa: Isa, shape: Shape, taps: Taps, x: &[f32], load: Opti
     let group = GROUP.min(out_blocks.div_ceil(rayon::current_num_threads()));
     parallel(out_blocks.div_ceil(group), |task| {
         isa.run(Outputs {
-            shape,
+            grid,
             inputs,
             point,
             taps,
@@ -72,7 +73,7 @@ fn piece_of(block: usize, in_blocks: usize) -> (usize, usize) {
 
 /// The points of a tile of all input channels.
 struct Inputs<'a> {
-    shape: Shape,
+    grid: Grid,
     x: &'a [f32],
     load: Option<Load<'a>>,
     tile: usize,
@@ -86,22 +87,29 @@ impl Kernel for Inputs<'_> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
-            shape,
+            grid,
             x,
             load,
             tile,
             point,
             to,
         } = self;
-        let (in_blocks, tiles) = (shape.i.div_ceil(BLOCK), shape.tiles());
-        let (n, top, left) = shape.tile_of(TILE, tile);
+        let (in_blocks, tiles) = (grid.shape.i.div_ceil(BLOCK), grid.tiles());
+        let place = grid.place(tile);
         for block in 0..in_blocks {
             let (first, blocks) = piece_of(block, in_blocks);
             let to = to.at((first * tiles + tile * blocks + block - first) * BLOCK);
             // SAFETY: the caller promises the instructions; each task has a tile of its own.
             unsafe {
-                let place = (n * in_blocks + block, top, left);
-                transform_input::<L, Four, TILE, EDGE>(x, load, shape, place, to, point);
+                L::call(TransformInput {
+                    x,
+                    load,
+                    plane: place.picture * in_blocks + block,
+                    grid,
+                    place,
+                    to,
+                    point,
+                });
             }
         }
     }
@@ -109,7 +117,7 @@ impl Kernel for Inputs<'_> {
 
 /// Some blocks of output channels of all tiles.
 struct Outputs<'a> {
-    shape: Shape,
+    grid: Grid,
     inputs: &'a [f32],
     point: usize,
     taps: Taps<'a>,
@@ -123,15 +131,15 @@ impl Kernel for Outputs<'_> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
-            shape,
+            grid,
             inputs,
             point,
             taps,
             y,
             blocks,
         } = self;
-        let (in_blocks, out_blocks, tiles) =
-            (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK), shape.tiles());
+        let [in_blocks, out_blocks] = [grid.shape.i, grid.shape.o].map(|channels| channels.div_ceil(BLOCK));
+        let tiles = grid.tiles();
         let width = blocks.len() * BLOCK;
         let weight_point = PIECE * BLOCK * width + BLOCK;
         let sums_point = tiles * width + BLOCK;
@@ -155,7 +163,7 @@ impl Kernel for Outputs<'_> {
                         let to = weight.wrapping_add(panel.start(block - blocks.start) + row * BLOCK * BLOCK);
                         for lane in 0..BLOCK {
                             let to = to.wrapping_add(lane * BLOCK);
-                            taps.transform::<L, Four, TILE, EDGE>(&mut tile, lane, to, weight_point);
+                            taps.transform::<L>(&mut tile, lane, EDGE, to, weight_point);
                         }
                     }
                 }
@@ -168,7 +176,7 @@ impl Kernel for Outputs<'_> {
                         sums.wrapping_add(at * sums_point),
                     );
                     multiply_panel::<L>(
-                        &rows,
+                        &rows[grid.having(at, &(0..tiles))],
                         &runs,
                         a,
                         panel,
@@ -183,11 +191,16 @@ impl Kernel for Outputs<'_> {
                 }
             }
             for tile in 0..tiles {
-                let (n, top, left) = shape.tile_of(TILE, tile);
+                let place = grid.place(tile);
                 for block in blocks.clone() {
-                    let from = sums.wrapping_add(tile * width + (block - blocks.start) * BLOCK);
-                    let place = (n * out_blocks + block, top, left);
-                    transform_output::<L, Four, TILE, EDGE>(from, sums_point, y, shape, place);
+                    L::call(TransformOutput {
+                        from: sums.wrapping_add(tile * width + (block - blocks.start) * BLOCK),
+                        point: sums_point,
+                        y,
+                        plane: place.picture * out_blocks + block,
+                        grid,
+                        place,
+                    });
                 }
             }
             y.written::<L>();

@@ -1,60 +1,56 @@
 //! Tiles of a picture to points and back: the matrices along both axes, borders included.
 
-#![allow(
-    clippy::needless_range_loop,
-    reason = "columns of matrices are filled one by one"
-)]
-
 use super::super::Shared;
-use super::super::lanes::Lanes;
-use super::super::load::{AsIs, Load, Read};
-use super::matrices::{Matrices, output_to_points};
-use super::{BLOCK, EDGE, Shape, TILE};
+use super::super::lanes::{Kernel, Lanes};
+use super::super::load::{Load, Read, with_read};
+use super::grid::{Grid, Place};
+use super::matrices::{Four, Half, Matrices, Three, Two, with_matrices};
+use super::{BLOCK, Shape};
 
-/// `Bᵀ d B` of the tile of plane `index` of `x` whose outputs start at (`top`, `left`), one value per point at
-/// distances of `point`.
-///
-/// # Safety
-/// Instructions of `L`; `x` is of the shape; `to` has room for the points.
-#[inline(always)]
-pub(super) unsafe fn transform_input<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
-    x: &[f32],
-    load: Option<Load>,
-    shape: Shape,
-    (index, top, left): (usize, usize, usize),
-    to: *mut f32,
-    point: usize,
-) {
-    let plane = x.as_ptr().wrapping_add(index * shape.plane());
-    // SAFETY: the caller's promise.
-    unsafe {
-        match load {
-            Some(load) => {
-                transform_input_as::<L, M, T, E>(plane, load.plane::<L>(index), shape, top, left, to, point);
-            }
-            None => transform_input_as::<L, M, T, E>(plane, AsIs, shape, top, left, to, point),
+/// `Bᵀ d B` of a tile of a plane of `x`, one value per point.
+pub(super) struct TransformInput<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) load: Option<Load<'a>>,
+    pub(super) plane: usize,
+    pub(super) grid: Grid,
+    pub(super) place: Place,
+    /// Room for the points at distances of `point`.
+    pub(super) to: *mut f32,
+    pub(super) point: usize,
+}
+
+impl Kernel for TransformInput<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let [rows, columns] = self.place.outputs;
+        let mut half = Half::new();
+        // SAFETY: the caller promises the instructions and a plane and a place of the map.
+        unsafe {
+            with_read!(self.load, self.plane, |values: L| {
+                with_matrices!(rows, input_columns::<L>(&self, values, &mut half))
+            });
+            with_matrices!(columns, input_rows::<L>(&self, &half));
         }
     }
 }
 
 /// # Safety
-/// As for [`transform_input`]; `plane` is a plane of the shape.
+/// As for [`TransformInput`], whose rows the matrices are for.
 #[inline(always)]
-unsafe fn transform_input_as<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
-    plane: *const f32,
+unsafe fn input_columns<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
+    task: &TransformInput,
     values: impl Read<L>,
-    shape: Shape,
-    top: usize,
-    left: usize,
-    to: *mut f32,
-    point: usize,
+    half: &mut Half,
 ) {
-    let Shape { h, w, .. } = shape;
+    let Shape { h, w, .. } = task.grid.shape;
+    let ([top, left], columns) = (task.place.first, task.place.outputs[1]);
+    let plane = task.x.as_ptr().wrapping_add(task.plane * task.grid.shape.plane());
+    let inside = top > 0 && left > 0 && top + T < h && left + columns < w;
     // SAFETY: the caller's promise; addresses outside the picture are replaced.
     unsafe {
-        let mut half = [[L::zero(); E]; E];
-        let inside = top > 0 && left > 0 && top + T < h && left + T < w;
-        for column in 0..E {
+        for column in 0..columns + 2 {
             let mut d = [L::zero(); E];
             if inside {
                 let first = plane.wrapping_add(((top - 1) * w + left - 1 + column) * BLOCK);
@@ -62,8 +58,8 @@ unsafe fn transform_input_as<L: Lanes, M: Matrices<T, E>, const T: usize, const 
                     let from = first.wrapping_add(row * w * BLOCK);
                     *d = values.read(from);
                     // What the next tile of the row reads and this one does not.
-                    if column >= E - T {
-                        L::prefetch(from.wrapping_add(T * BLOCK));
+                    if column >= 2 {
+                        L::prefetch(from.wrapping_add(columns * BLOCK));
                     }
                 }
             } else {
@@ -75,91 +71,174 @@ unsafe fn transform_input_as<L: Lanes, M: Matrices<T, E>, const T: usize, const 
                     }
                 }
             }
-            for (row, value) in M::input_to_points(d).into_iter().enumerate() {
-                half[row][column] = value;
-            }
-        }
-        for (row, half) in half.into_iter().enumerate() {
-            for (column, value) in M::input_to_points(half).into_iter().enumerate() {
-                value.store(to.wrapping_add((row * E + column) * point));
-            }
+            half.write_column(column, M::input_to_points(d));
         }
     }
 }
 
-/// `Aᵀ m A` of the tile of plane `index` of `y` whose outputs start at (`top`, `left`), written where it lies inside the
-/// picture.
-///
 /// # Safety
-/// Instructions of `L`; `from` holds the points at distances of `point`; `y` is of the shape, and the outputs are the
-/// task's own. The task ends with [`Shared::written`].
+/// As for [`TransformInput`], whose columns the matrices are for.
 #[inline(always)]
-pub(super) unsafe fn transform_output<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
-    from: *const f32,
-    point: usize,
-    y: Shared,
-    shape: Shape,
-    (index, top, left): (usize, usize, usize),
+unsafe fn input_rows<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
+    task: &TransformInput,
+    half: &Half,
 ) {
-    // SAFETY: the caller's promise; only pixels inside the picture are written.
-    unsafe {
-        let mut half = [[L::zero(); E]; T];
-        for column in 0..E {
-            let mut m = [L::zero(); E];
-            for (row, m) in m.iter_mut().enumerate() {
-                *m = L::load(from.wrapping_add((row * E + column) * point));
-            }
-            for (row, value) in M::points_to_output(m).into_iter().enumerate() {
-                half[row][column] = value;
+    let (mut to, point, edge) = (task.to, task.point, task.grid.edge());
+    for row in 0..task.place.outputs[0] + 2 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let values = M::input_to_points(half.row::<L, E>(row));
+            for (column, value) in values.into_iter().enumerate() {
+                value.store(to.wrapping_add(column * point));
             }
         }
-        let columns = T.min(shape.w - left);
-        for (row, half) in half.into_iter().enumerate().take(shape.h - top) {
-            let first = index * shape.plane() + ((top + row) * shape.w + left) * BLOCK;
-            for (column, value) in M::points_to_output(half).into_iter().enumerate().take(columns) {
+        to = to.wrapping_add(edge * point);
+    }
+}
+
+/// `Aᵀ m A` of a tile of a plane of `y`, written where it lies inside the picture. The task ends with [`Shared::written`].
+pub(super) struct TransformOutput {
+    /// The points, at distances of `point`.
+    pub(super) from: *const f32,
+    pub(super) point: usize,
+    pub(super) y: Shared,
+    pub(super) plane: usize,
+    pub(super) grid: Grid,
+    pub(super) place: Place,
+}
+
+impl Kernel for TransformOutput {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let [rows, columns] = self.place.outputs;
+        let mut half = Half::new();
+        // SAFETY: the caller promises the instructions, a plane and a place of the map, and that it is the task's own.
+        unsafe {
+            with_matrices!(rows, output_columns::<L>(&self, &mut half));
+            with_matrices!(columns, output_rows::<L>(&self, &half));
+        }
+    }
+}
+
+/// # Safety
+/// As for [`TransformOutput`], whose rows the matrices are for.
+#[inline(always)]
+unsafe fn output_columns<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
+    task: &TransformOutput,
+    half: &mut Half,
+) {
+    let (from, point, edge) = (task.from, task.point, task.grid.edge());
+    for column in 0..task.place.outputs[1] + 2 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut m = [L::zero(); E];
+            let first = from.wrapping_add(column * point);
+            for (row, m) in m.iter_mut().enumerate() {
+                *m = L::load(first.wrapping_add(row * edge * point));
+            }
+            half.write_column(column, M::points_to_output(m));
+        }
+    }
+}
+
+/// # Safety
+/// As for [`TransformOutput`], whose columns the matrices are for.
+#[inline(always)]
+unsafe fn output_rows<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
+    task: &TransformOutput,
+    half: &Half,
+) {
+    let (shape, [top, left], y) = (task.grid.shape, task.place.first, task.y);
+    let columns = T.min(shape.w - left);
+    for row in 0..task.place.outputs[0].min(shape.h - top) {
+        let first = task.plane * shape.plane() + ((top + row) * shape.w + left) * BLOCK;
+        // SAFETY: the caller's promise; only pixels inside the picture are written.
+        unsafe {
+            let values = M::points_to_output(half.row::<L, E>(row));
+            for (column, value) in values.into_iter().enumerate().take(columns) {
                 y.write(first + column * BLOCK, value);
             }
         }
     }
 }
 
-/// `A ẏ Aᵀ` of one tile of output gradients, zero outside the picture.
-///
+/// `A ẏ Aᵀ` of a tile of a plane of output gradients, zero outside the picture.
+pub(super) struct TransformOutputGradient<'a> {
+    pub(super) dy: &'a [f32],
+    pub(super) plane: usize,
+    pub(super) grid: Grid,
+    pub(super) place: Place,
+    /// Room for the points at distances of `point`.
+    pub(super) to: *mut f32,
+    pub(super) point: usize,
+}
+
+impl Kernel for TransformOutputGradient<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let [rows, columns] = self.place.outputs;
+        let mut half = Half::new();
+        // SAFETY: the caller promises the instructions and a plane and a place of the map.
+        unsafe {
+            with_matrices!(rows, output_gradient_columns::<L>(&self, &mut half));
+            with_matrices!(columns, output_gradient_rows::<L>(&self, &half));
+        }
+    }
+}
+
 /// # Safety
-/// Instructions of `L`; `plane` is a plane of the shape; `to` has room for the points.
+/// As for [`TransformOutputGradient`], whose rows the matrices are for.
 #[inline(always)]
-pub(super) unsafe fn transform_output_gradient<L: Lanes>(
-    plane: *const f32,
-    shape: Shape,
-    top: usize,
-    left: usize,
-    to: *mut f32,
-    point: usize,
+unsafe fn output_gradient_columns<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
+    task: &TransformOutputGradient,
+    half: &mut Half,
 ) {
-    // SAFETY: the caller's promise; addresses outside the picture are replaced.
-    unsafe {
-        let mut half = [[L::zero(); TILE]; EDGE];
-        for column in 0..TILE {
-            let mut dy = [L::zero(); TILE];
+    let Shape { h, w, .. } = task.grid.shape;
+    let ([top, left], columns) = (task.place.first, task.place.outputs[1]);
+    let plane = task
+        .dy
+        .as_ptr()
+        .wrapping_add(task.plane * task.grid.shape.plane());
+    for column in 0..columns {
+        // SAFETY: the caller's promise; addresses outside the picture are replaced.
+        unsafe {
+            let mut dy = [L::zero(); T];
             for (row, dy) in dy.iter_mut().enumerate() {
                 let (y, x) = (top + row, left + column);
-                if y < shape.h && x < shape.w {
-                    let from = plane.wrapping_add((y * shape.w + x) * BLOCK);
+                if y < h && x < w {
+                    let from = plane.wrapping_add((y * w + x) * BLOCK);
                     *dy = L::load(from);
                     // The next tile of the row.
-                    if left + TILE < shape.w {
-                        L::prefetch(from.wrapping_add(TILE * BLOCK));
+                    if left + columns < w {
+                        L::prefetch(from.wrapping_add(columns * BLOCK));
                     }
                 }
             }
-            for (row, value) in output_to_points(dy).into_iter().enumerate() {
-                half[row][column] = value;
+            half.write_column(column, M::output_to_points(dy));
+        }
+    }
+}
+
+/// # Safety
+/// As for [`TransformOutputGradient`], whose columns the matrices are for.
+#[inline(always)]
+unsafe fn output_gradient_rows<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
+    task: &TransformOutputGradient,
+    half: &Half,
+) {
+    let (mut to, point, edge) = (task.to, task.point, task.grid.edge());
+    for row in 0..task.place.outputs[0] + 2 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let values = M::output_to_points(half.row::<L, T>(row));
+            for (column, value) in values.into_iter().enumerate() {
+                value.store(to.wrapping_add(column * point));
             }
         }
-        for (row, half) in half.into_iter().enumerate() {
-            for (column, value) in output_to_points(half).into_iter().enumerate() {
-                value.store(to.wrapping_add((row * EDGE + column) * point));
-            }
-        }
+        to = to.wrapping_add(edge * point);
     }
 }

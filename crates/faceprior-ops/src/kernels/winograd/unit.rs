@@ -10,8 +10,8 @@ use super::super::load::Load;
 use super::super::weights::WeightTile;
 use super::super::{Shared, amx, parallel};
 use super::convolve::Taps;
-use super::matrices::Four;
-use super::tiles::{transform_input, transform_output};
+use super::grid::Grid;
+use super::tiles::{TransformInput, TransformOutput};
 use super::{BLOCK, EDGE, POINTS, Shape, TILE};
 use crate::pool::Buffer;
 
@@ -80,7 +80,7 @@ impl Kernel for WeightSquares<'_> {
                     taps.columns.read::<L>(&mut tile, taps.weight, block, in_block);
                     for lane in 0..BLOCK {
                         let to = squares.wrapping_add((inner * BLOCK + lane) * SQUARE + half * BLOCK);
-                        taps.transform::<L, Four, TILE, EDGE>(&mut tile, lane, to, SQUARE * SQUARE);
+                        taps.transform::<L>(&mut tile, lane, EDGE, to, SQUARE * SQUARE);
                     }
                 }
             }
@@ -98,7 +98,9 @@ pub(super) fn convolve(isa: Isa, shape: Shape, weight: &[f32], x: &[f32], load: 
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
     assert_eq!(x.len(), shape.n * in_blocks * shape.plane());
     assert_eq!(y.len(), shape.n * out_blocks * shape.plane());
-    let (chunks, pairs) = (shape.tiles().div_ceil(SQUARE), out_blocks.div_ceil(2));
+    // A row of the unit's is a tile at every point, so that smaller tiles at borders would save nothing.
+    let grid = Grid::of_equal(shape, TILE);
+    let (chunks, pairs) = (grid.tiles().div_ceil(SQUARE), out_blocks.div_ceil(2));
     // Too few chunks for all threads: tasks share a chunk, each for some of the output channels.
     let splits = (rayon::current_num_threads() / chunks).clamp(1, pairs);
     let split_pairs = pairs.div_ceil(splits);
@@ -106,12 +108,12 @@ pub(super) fn convolve(isa: Isa, shape: Shape, weight: &[f32], x: &[f32], load: 
     parallel(chunks * splits, |task| {
         let (chunk, first) = (task / splits, task % splits * split_pairs);
         isa.run(Chunk {
-            shape,
+            grid,
             x,
             load,
             weight,
             y,
-            tiles: chunk * SQUARE..shape.tiles().min((chunk + 1) * SQUARE),
+            tiles: chunk * SQUARE..grid.tiles().min((chunk + 1) * SQUARE),
             pairs: first.min(pairs)..pairs.min(first + split_pairs),
         });
     });
@@ -120,7 +122,7 @@ pub(super) fn convolve(isa: Isa, shape: Shape, weight: &[f32], x: &[f32], load: 
 /// A square of tiles and some pairs of output blocks of a convolution: transform, products for each point, transform
 /// back. The weight streams past, in the order in which it lies in memory.
 struct Chunk<'a> {
-    shape: Shape,
+    grid: Grid,
     x: &'a [f32],
     load: Option<Load<'a>>,
     weight: &'a [f32],
@@ -135,7 +137,7 @@ impl Kernel for Chunk<'_> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
-            shape,
+            grid,
             x,
             load,
             weight,
@@ -143,7 +145,7 @@ impl Kernel for Chunk<'_> {
             tiles,
             pairs,
         } = self;
-        let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
+        let [in_blocks, out_blocks] = [grid.shape.i, grid.shape.o].map(|channels| channels.div_ceil(BLOCK));
         let (steps, all_pairs) = (in_blocks.div_ceil(2), out_blocks.div_ceil(2));
         // A cache line more per point, lest the streams of a transform meet in one cache set.
         let cells_point = steps * SQUARE * CELL + BLOCK;
@@ -152,13 +154,20 @@ impl Kernel for Chunk<'_> {
         let mut sums = Buffer::take(POINTS * sums_point);
         let mut values = [0.0; POINTS * SQUARE];
         for (row, tile) in tiles.clone().enumerate() {
-            let (n, top, left) = shape.tile_of(TILE, tile);
+            let place = grid.place(tile);
             for step in 0..steps {
                 for block in 2 * step..in_blocks.min(2 * step + 2) {
-                    let place = (n * in_blocks + block, top, left);
-                    let to = values.as_mut_ptr().wrapping_add(block % 2 * BLOCK);
+                    let task = TransformInput {
+                        x,
+                        load,
+                        plane: place.picture * in_blocks + block,
+                        grid,
+                        place,
+                        to: values.as_mut_ptr().wrapping_add(block % 2 * BLOCK),
+                        point: SQUARE,
+                    };
                     // SAFETY: the caller promises the instructions; the place is one of `x`.
-                    unsafe { transform_input::<L, Four, TILE, EDGE>(x, load, shape, place, to, SQUARE) };
+                    unsafe { L::call(task) };
                 }
                 if in_blocks < 2 * step + 2 {
                     for values in values.chunks_exact_mut(SQUARE) {
@@ -182,13 +191,19 @@ impl Kernel for Chunk<'_> {
             unsafe { amx::multiply_cells(PARTS, &[row], 1, &offsets, weight, sums) };
         }
         for (row, tile) in tiles.enumerate() {
-            let (n, top, left) = shape.tile_of(TILE, tile);
+            let place = grid.place(tile);
             for block in 2 * pairs.start..out_blocks.min(2 * pairs.end) {
                 let at = ((block / 2 - pairs.start) * SQUARE + row) * SQUARE + block % 2 * BLOCK;
-                let from = sums.as_ptr().wrapping_add(at);
-                let place = (n * out_blocks + block, top, left);
+                let task = TransformOutput {
+                    from: sums.as_ptr().wrapping_add(at),
+                    point: sums_point,
+                    y,
+                    plane: place.picture * out_blocks + block,
+                    grid,
+                    place,
+                };
                 // SAFETY: the caller promises the instructions; this task alone writes these outputs.
-                unsafe { transform_output::<L, Four, TILE, EDGE>(from, sums_point, y, shape, place) };
+                unsafe { L::call(task) };
             }
         }
         // SAFETY: the caller promises the instructions.
