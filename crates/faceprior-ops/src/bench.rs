@@ -1,7 +1,7 @@
 //! The convolution kernels one pass at a time, for measuring their rates. Not part of the interface.
 
 use crate::kernels::direct::{self, Geometry};
-use crate::kernels::winograd::{self, Shape};
+use crate::kernels::winograd::{self, Shape, strided};
 use crate::kernels::{BLOCK, Isa};
 use crate::pool::Buffer;
 
@@ -79,6 +79,16 @@ impl Convolution {
             Some(shape) => {
                 winograd::forward_once(Isa::best(), shape, &self.x, None, &self.weight, &mut self.y);
             }
+            None if strided::suits(Isa::best(), self.geometry) => {
+                strided::forward(
+                    Isa::best(),
+                    self.geometry,
+                    &self.x,
+                    None,
+                    &self.weight,
+                    &mut self.y,
+                );
+            }
             None => self.forward_direct(),
         }
     }
@@ -93,6 +103,9 @@ impl Convolution {
     pub fn data_gradient(&mut self) {
         match self.winograd() {
             Some(shape) => winograd::data_gradient(Isa::best(), shape, &self.y, &self.weight, &mut self.x),
+            None if strided::suits(Isa::best(), self.geometry) => {
+                strided::data_gradient(Isa::best(), self.geometry, &self.y, &self.weight, &mut self.x);
+            }
             None => direct::data_gradient(Isa::best(), self.geometry, &self.y, &self.weight, &mut self.x),
         }
     }

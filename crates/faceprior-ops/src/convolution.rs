@@ -8,7 +8,7 @@ use crate::feature_map::Blocks;
 use crate::kept::{Activations, Kept, WeakKept};
 use crate::kernels::direct::{self, Geometry};
 use crate::kernels::load::Load;
-use crate::kernels::winograd::{self, Shape, Tile};
+use crate::kernels::winograd::{self, Shape, Tile, strided};
 use crate::kernels::{BLOCK, Isa, depthwise};
 use crate::pending::{Activation, Constants, GradientPath, Pending, deliver};
 use crate::pool::Buffer;
@@ -111,6 +111,8 @@ struct Convolution {
 #[derive(Clone, Copy)]
 enum Algorithm {
     Winograd(Shape, Tile),
+    /// Winograd's form with stride 2; weight gradients are direct.
+    Strided(Geometry),
     Direct(Geometry),
     Depthwise(Geometry),
 }
@@ -144,6 +146,7 @@ impl Convolution {
         }
         match self.winograd(geometry) {
             Some(shape) if shape.tiles_of(4) >= MIN_WINOGRAD_TILES => Algorithm::Winograd(shape, Tile::Four),
+            None if strided::suits(self.isa, geometry) => Algorithm::Strided(geometry),
             _ => Algorithm::Direct(geometry),
         }
     }
@@ -154,6 +157,7 @@ impl Convolution {
             (Algorithm::Direct(_), Some(shape)) if shape.tiles_of(2) >= MIN_WINOGRAD_TILES => {
                 Algorithm::Winograd(shape, Tile::Two)
             }
+            (Algorithm::Strided(geometry), _) => Algorithm::Direct(geometry),
             (algorithm, _) => algorithm,
         }
     }
@@ -194,6 +198,7 @@ impl Convolution {
         let (isa, from, taps) = (self.isa, values(x), values(weight));
         self.output(x, weight, |geometry, y| match self.algorithm(geometry) {
             Algorithm::Winograd(shape, _) => winograd::forward_once(isa, shape, from, load, taps, y),
+            Algorithm::Strided(geometry) => strided::forward(isa, geometry, from, load, taps, y),
             Algorithm::Direct(geometry) => {
                 let prepared = direct::prepare(isa, geometry, taps);
                 direct::forward(isa, geometry, from, load, &prepared, y);
@@ -233,7 +238,7 @@ impl Convolution {
                 let prepared = prepared(weight, Form::Winograd(tile), prepare);
                 winograd::forward(isa, shape, tile, from, load, &prepared, y);
             }
-            Algorithm::Direct(geometry) => {
+            Algorithm::Direct(geometry) | Algorithm::Strided(geometry) => {
                 let prepare = |taps: &[f32]| direct::prepare(isa, geometry, taps);
                 let prepared = prepared(weight, Form::Direct, prepare);
                 direct::forward(isa, geometry, from, load, &prepared, y);
@@ -262,7 +267,7 @@ impl Convolution {
                 Algorithm::Winograd(shape, _) => {
                     winograd::weight_gradient(isa, shape, from, load, gradient, &mut dw);
                 }
-                Algorithm::Direct(geometry) => {
+                Algorithm::Direct(geometry) | Algorithm::Strided(geometry) => {
                     direct::weight_gradient(isa, geometry, from, load, gradient, &mut dw);
                 }
                 Algorithm::Depthwise(geometry) => {
@@ -275,6 +280,9 @@ impl Convolution {
             let mut dx = Buffer::take(from.len());
             match algorithm {
                 Algorithm::Winograd(shape, _) => winograd::data_gradient(isa, shape, gradient, taps, &mut dx),
+                Algorithm::Strided(geometry) => {
+                    strided::data_gradient(isa, geometry, gradient, taps, &mut dx);
+                }
                 Algorithm::Direct(geometry) => direct::data_gradient(isa, geometry, gradient, taps, &mut dx),
                 Algorithm::Depthwise(geometry) => {
                     depthwise::data_gradient(isa, geometry, gradient, taps, &mut dx);

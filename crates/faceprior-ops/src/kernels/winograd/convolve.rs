@@ -96,6 +96,16 @@ pub(super) struct Taps<'a> {
 }
 
 impl Taps<'_> {
+    /// Where a tap of a row of sixteen kernels of a tile of the weight lies, flipped for a data gradient.
+    #[inline(always)]
+    pub(super) fn tap(self, tile: &mut WeightTile, lane: usize, tap: usize) -> *const f32 {
+        let tap = match self.columns {
+            Columns::Outputs => tap,
+            Columns::Inputs => 8 - tap,
+        };
+        self.columns.row(tile, lane, tap)
+    }
+
     /// `G g Gᵀ` of a row of sixteen kernels of a tile of the weight, one value for each of `edge`² points at distances of
     /// `point`.
     ///
@@ -116,10 +126,7 @@ impl Taps<'_> {
             for column in 0..3 {
                 let mut g = [L::zero(); 3];
                 for (row, g) in g.iter_mut().enumerate() {
-                    let tap = row * 3 + column;
-                    let flipped = self.columns == Columns::Inputs;
-                    let tap = if flipped { 8 - tap } else { tap };
-                    *g = L::load(self.columns.row(tile, lane, tap));
+                    *g = L::load(self.tap(tile, lane, row * 3 + column));
                 }
                 half.write_column(column, kernel_to_points(g));
             }
@@ -180,7 +187,7 @@ const SPLIT_BLOCKS: usize = 4;
 const CHUNK_TILES: usize = 64;
 
 /// The weight of one point: input channels by output channels.
-fn panel(inputs: usize, outputs: usize) -> Panel {
+pub(super) fn panel(inputs: usize, outputs: usize) -> Panel {
     Panel {
         runs: 1,
         length: inputs.next_multiple_of(BLOCK),

@@ -12,12 +12,16 @@ use std::mem::MaybeUninit;
 use super::super::lanes::Lanes;
 use super::{BLOCK, EDGE};
 
-/// The matrices for T outputs, which take E = T + 2 points along an axis.
+/// The matrices for T outputs, which take E points along an axis: T + 2 with a kernel of three taps, T + 1 with two.
 pub(super) trait Matrices<const T: usize, const E: usize> {
     /// Bᵀ: coefficients of the polynomials that vanish at all points but one.
     unsafe fn input_to_points<L: Lanes>(d: [L; E]) -> [L; E];
     /// Aᵀ: powers of the points.
     unsafe fn points_to_output<L: Lanes>(m: [L; E]) -> [L; T];
+}
+
+/// The matrices that weight gradients take besides.
+pub(super) trait GradientMatrices<const T: usize, const E: usize>: Matrices<T, E> {
     /// A.
     unsafe fn output_to_points<L: Lanes>(y: [L; T]) -> [L; E];
 }
@@ -107,7 +111,9 @@ impl Matrices<4, 6> for Four {
             ]
         }
     }
+}
 
+impl GradientMatrices<4, 6> for Four {
     #[inline(always)]
     unsafe fn output_to_points<L: Lanes>(y: [L; 4]) -> [L; 6] {
         // SAFETY: the caller promises the instructions of `L`.
@@ -171,7 +177,9 @@ impl Matrices<3, 5> for Three {
             ]
         }
     }
+}
 
+impl GradientMatrices<3, 5> for Three {
     #[inline(always)]
     unsafe fn output_to_points<L: Lanes>(y: [L; 3]) -> [L; 5] {
         // SAFETY: the caller promises the instructions of `L`.
@@ -217,7 +225,9 @@ impl Matrices<2, 4> for Two {
             [m0.add(m1).add(m2), L::splat(P).mul_add(m1.sub(m2), m_inf)]
         }
     }
+}
 
+impl GradientMatrices<2, 4> for Two {
     #[inline(always)]
     unsafe fn output_to_points<L: Lanes>(y: [L; 2]) -> [L; 4] {
         // SAFETY: the caller promises the instructions of `L`.
@@ -225,6 +235,127 @@ impl Matrices<2, 4> for Two {
             let [y0, y1] = y;
             let odd = L::splat(P).mul(y1);
             [y1, y0, y0.add(odd), y0.sub(odd)]
+        }
+    }
+}
+
+/// Derivatives of x(x² − p²)(x − q) at 0, p, −p and q, for a kernel of two taps: they need a point less.
+const TWO_AT_0: f32 = P2 * Q;
+const TWO_AT_P: f32 = 2.0 * P2 * (P - Q);
+const TWO_AT_MINUS_P: f32 = -2.0 * P2 * (P + Q);
+const TWO_AT_Q: f32 = Q * (Q2 - P2);
+
+/// A kernel of two taps at ∞, 0, p, −p and q, over these.
+#[inline(always)]
+pub(super) unsafe fn two_taps_to_points<L: Lanes>([g0, g1]: [L; 2]) -> [L; 5] {
+    // SAFETY: the caller promises the instructions of `L`.
+    unsafe {
+        [
+            g1,
+            L::splat(1.0 / TWO_AT_0).mul(g0),
+            L::splat(1.0 / TWO_AT_P).mul(L::splat(P).mul_add(g1, g0)),
+            L::splat(1.0 / TWO_AT_MINUS_P).mul(L::splat(-P).mul_add(g1, g0)),
+            L::splat(1.0 / TWO_AT_Q).mul(L::splat(Q).mul_add(g1, g0)),
+        ]
+    }
+}
+
+/// F(4, 2).
+pub(super) struct FourOfTwo;
+
+impl Matrices<4, 5> for FourOfTwo {
+    #[inline(always)]
+    unsafe fn input_to_points<L: Lanes>(d: [L; 5]) -> [L; 5] {
+        // SAFETY: the caller promises the instructions of `L`.
+        unsafe {
+            let [d0, d1, d2, d3, d4] = d;
+            let (p2, q) = (L::splat(-P2), L::splat(-Q));
+            let (at_q, above_q) = (p2.mul_add(d1, d3), p2.mul_add(d2, d4));
+            let (even, odd) = (q.mul_add(d2, d3), L::splat(P).mul(q.mul_add(d1, d2)));
+            [
+                q.mul_add(at_q, above_q),
+                q.mul_add(p2.mul_add(d0, d2), at_q),
+                even.add(odd),
+                even.sub(odd),
+                at_q,
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn points_to_output<L: Lanes>(m: [L; 5]) -> [L; 4] {
+        // SAFETY: the caller promises the instructions of `L`.
+        unsafe {
+            let [m_inf, m0, m1, m2, m3] = m;
+            let (even, odd) = (m1.add(m2), m1.sub(m2));
+            [
+                m0.add(even).add(m3),
+                L::splat(P).mul_add(odd, L::splat(Q).mul(m3)),
+                L::splat(P2).mul_add(even, L::splat(Q2).mul(m3)),
+                L::splat(P2 * P).mul_add(odd, L::splat(Q2 * Q).mul_add(m3, m_inf)),
+            ]
+        }
+    }
+}
+
+/// F(3, 2), without q.
+pub(super) struct ThreeOfTwo;
+
+impl Matrices<3, 4> for ThreeOfTwo {
+    #[inline(always)]
+    unsafe fn input_to_points<L: Lanes>(d: [L; 4]) -> [L; 4] {
+        // SAFETY: the caller promises the instructions of `L`.
+        unsafe {
+            let [d0, d1, d2, d3] = d;
+            let (p, p2) = (L::splat(P), L::splat(-P2));
+            [
+                p2.mul_add(d1, d3),
+                L::splat(-Q).mul(p2.mul_add(d0, d2)),
+                L::splat(P - Q).mul(p.mul_add(d1, d2)),
+                L::splat(P + Q).mul(p.mul(d1).sub(d2)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn points_to_output<L: Lanes>(m: [L; 4]) -> [L; 3] {
+        // SAFETY: the caller promises the instructions of `L`.
+        unsafe {
+            let [m_inf, m0, m1, m2] = m;
+            let even = m1.add(m2);
+            [
+                m0.add(even),
+                L::splat(P).mul(m1.sub(m2)),
+                L::splat(P2).mul_add(even, m_inf),
+            ]
+        }
+    }
+}
+
+/// F(2, 2), without −p and q.
+pub(super) struct TwoOfTwo;
+
+impl Matrices<2, 3> for TwoOfTwo {
+    #[inline(always)]
+    unsafe fn input_to_points<L: Lanes>(d: [L; 3]) -> [L; 3] {
+        // SAFETY: the caller promises the instructions of `L`.
+        unsafe {
+            let [d0, d1, d2] = d;
+            let p = L::splat(-P);
+            [
+                p.mul_add(d1, d2),
+                L::splat(-P * Q).mul(p.mul_add(d0, d1)),
+                L::splat(2.0 * P * (P - Q)).mul(d1),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn points_to_output<L: Lanes>(m: [L; 3]) -> [L; 2] {
+        // SAFETY: the caller promises the instructions of `L`.
+        unsafe {
+            let [m_inf, m0, m1] = m;
+            [m0.add(m1), L::splat(P).mul_add(m1, m_inf)]
         }
     }
 }

@@ -1,4 +1,4 @@
-//! 3×3 convolution, stride 1, padding 1, by Winograd's minimal filtering F(4×4, 3×3) (Lavin & Gray 2016), where few tiles
+//! 3×3 convolution, stride 1 (2: see [`strided`]), padding 1, by Winograd's minimal filtering F(4×4, 3×3) (Lavin & Gray 2016), where few tiles
 //! would not pay for its weights' 36 points by F(2×2, 3×3).
 //!
 //! A 4×4 tile of outputs needs 36 products per pair of channels instead of 144:
@@ -18,6 +18,7 @@ mod gradient;
 mod grid;
 mod matrices;
 mod pieces;
+pub(crate) mod strided;
 mod tiles;
 mod unit;
 

@@ -4,7 +4,7 @@ use super::super::Shared;
 use super::super::lanes::{Kernel, Lanes};
 use super::super::load::{Load, Read, with_read};
 use super::grid::{Grid, Place};
-use super::matrices::{Four, Half, Matrices, Three, Two, with_matrices};
+use super::matrices::{Four, GradientMatrices, Half, Matrices, Three, Two, with_matrices};
 use super::{BLOCK, Shape};
 
 /// `Bᵀ d B` of a tile of a plane of `x`, one value per point.
@@ -193,7 +193,7 @@ impl Kernel for TransformOutputGradient<'_> {
 /// # Safety
 /// As for [`TransformOutputGradient`], whose rows the matrices are for.
 #[inline(always)]
-unsafe fn output_gradient_columns<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
+unsafe fn output_gradient_columns<L: Lanes, M: GradientMatrices<T, E>, const T: usize, const E: usize>(
     task: &TransformOutputGradient,
     half: &mut Half,
 ) {
@@ -226,7 +226,7 @@ unsafe fn output_gradient_columns<L: Lanes, M: Matrices<T, E>, const T: usize, c
 /// # Safety
 /// As for [`TransformOutputGradient`], whose columns the matrices are for.
 #[inline(always)]
-unsafe fn output_gradient_rows<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
+unsafe fn output_gradient_rows<L: Lanes, M: GradientMatrices<T, E>, const T: usize, const E: usize>(
     task: &TransformOutputGradient,
     half: &Half,
 ) {
