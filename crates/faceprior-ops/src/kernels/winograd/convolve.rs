@@ -1,5 +1,6 @@
 //! The convolution and its data gradient, chunk by chunk of tiles.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::super::lanes::{Isa, Kernel, Lanes};
@@ -9,9 +10,9 @@ use super::super::tile::{Row, multiply_panel};
 use super::super::weights::{Columns, WeightShape, WeightTile};
 use super::super::{Shared, parallel};
 use super::grid::Grid;
-use super::matrices::{Half, kernel_to_points};
+use super::matrices::{Half, KernelMatrix, ThreeTaps};
 use super::tiles::{TransformInput, TransformOutput};
-use super::{BLOCK, Shape, Tile, pieces, unit};
+use super::{BLOCK, EDGE, Shape, Tile, pieces, unit};
 use crate::pool::Buffer;
 
 /// The weight of a convolution, `[O, I, 3, 3]`, at the points of the tiles: what [`forward`] multiplies by.
@@ -23,7 +24,7 @@ pub(crate) fn prepare(isa: Isa, shape: Shape, tile: Tile, weight: &[f32]) -> Buf
     };
     match tile {
         Tile::Four if unit::suits(isa, shape) => unit::prepare(isa, taps),
-        _ => transform_weight(isa, taps, tile.grid(shape).edge()),
+        _ => transform_weight::<ThreeTaps>(isa, taps, tile.grid(shape).edge()),
     }
 }
 
@@ -82,7 +83,7 @@ fn convolve_once(isa: Isa, shape: Shape, taps: Taps, x: &[f32], load: Option<Loa
         pieces::convolve(isa, shape, taps, x, load, y);
     } else {
         let grid = Tile::Four.grid(shape);
-        let weight = transform_weight(isa, taps, grid.edge());
+        let weight = transform_weight::<ThreeTaps>(isa, taps, grid.edge());
         convolve(isa, grid, &weight, x, load, y);
     }
 }
@@ -96,23 +97,13 @@ pub(super) struct Taps<'a> {
 }
 
 impl Taps<'_> {
-    /// Where a tap of a row of sixteen kernels of a tile of the weight lies, flipped for a data gradient.
-    #[inline(always)]
-    pub(super) fn tap(self, tile: &mut WeightTile, lane: usize, tap: usize) -> *const f32 {
-        let tap = match self.columns {
-            Columns::Outputs => tap,
-            Columns::Inputs => 8 - tap,
-        };
-        self.columns.row(tile, lane, tap)
-    }
-
-    /// `G g Gᵀ` of a row of sixteen kernels of a tile of the weight, one value for each of `edge`² points at distances of
+    /// `G g Gᵀ`, G as given, of a row of sixteen kernels of a tile of the weight, one value for each of `edge`² points at distances of
     /// `point`.
     ///
     /// # Safety
     /// Instructions of `L`; `to` has room for the points.
     #[inline(always)]
-    pub(super) unsafe fn transform<L: Lanes>(
+    pub(super) unsafe fn transform<L: Lanes, G: KernelMatrix>(
         self,
         tile: &mut WeightTile,
         lane: usize,
@@ -122,16 +113,19 @@ impl Taps<'_> {
     ) {
         // SAFETY: the caller's promise.
         unsafe {
-            let mut half = Half::new();
+            let mut half = Half::<EDGE>::new();
             for column in 0..3 {
                 let mut g = [L::zero(); 3];
                 for (row, g) in g.iter_mut().enumerate() {
-                    *g = L::load(self.tap(tile, lane, row * 3 + column));
+                    let tap = row * 3 + column;
+                    let flipped = self.columns == Columns::Inputs;
+                    let tap = if flipped { 8 - tap } else { tap };
+                    *g = L::load(self.columns.row(tile, lane, tap));
                 }
-                half.write_column(column, kernel_to_points(g));
+                half.write_column(column, G::apply(g));
             }
             for row in 0..edge {
-                let values = kernel_to_points(half.row::<L, 3>(row));
+                let values = G::apply(half.row::<L, 3>(row));
                 for (column, value) in values.into_iter().enumerate().take(edge) {
                     value.store(to.wrapping_add((row * edge + column) * point));
                 }
@@ -197,7 +191,7 @@ pub(super) fn panel(inputs: usize, outputs: usize) -> Panel {
 
 /// `G g Gᵀ` for all pairs of channels: a panel for each of `edge`² points, a cache line apart, lest the streams of a
 /// transform meet in one cache set.
-fn transform_weight(isa: Isa, taps: Taps, edge: usize) -> Buffer {
+pub(super) fn transform_weight<G: KernelMatrix>(isa: Isa, taps: Taps, edge: usize) -> Buffer {
     let (outputs, inputs) = taps.columns.sides(taps.shape);
     assert_eq!(taps.weight.len(), inputs * outputs * 9);
     let panel = panel(inputs, outputs);
@@ -206,7 +200,8 @@ fn transform_weight(isa: Isa, taps: Taps, edge: usize) -> Buffer {
     let to = Shared::new(&mut transformed);
     let in_blocks = panel.length / BLOCK;
     parallel(panel.blocks.div_ceil(GROUP) * in_blocks, |task| {
-        isa.run(WeightBlocks {
+        isa.run(WeightBlocks::<G> {
+            matrix: PhantomData,
             taps,
             edge,
             panel,
@@ -223,7 +218,8 @@ fn transform_weight(isa: Isa, taps: Taps, edge: usize) -> Buffer {
 const GROUP: usize = 4;
 
 /// The transformed taps of a group of blocks of outputs and one block of inputs.
-struct WeightBlocks<'a> {
+struct WeightBlocks<'a, G> {
+    matrix: PhantomData<G>,
     taps: Taps<'a>,
     edge: usize,
     panel: Panel,
@@ -233,7 +229,7 @@ struct WeightBlocks<'a> {
     in_block: usize,
 }
 
-impl Kernel for WeightBlocks<'_> {
+impl<G: KernelMatrix> Kernel for WeightBlocks<'_, G> {
     type Output = ();
 
     #[inline(always)]
@@ -246,6 +242,7 @@ impl Kernel for WeightBlocks<'_> {
             to,
             group,
             in_block,
+            ..
         } = self;
         let mut tile = WeightTile::new(taps.shape);
         for block in group * GROUP..panel.blocks.min((group + 1) * GROUP) {
@@ -255,7 +252,7 @@ impl Kernel for WeightBlocks<'_> {
                 let to = to.at(panel.start(block) + (in_block * BLOCK + lane) * BLOCK);
                 // SAFETY: the caller promises the instructions. This task alone writes the columns of its group in
                 // the rows of its input block, which lie inside the buffer by its size.
-                unsafe { taps.transform::<L>(&mut tile, lane, edge, to, point) };
+                unsafe { taps.transform::<L, G>(&mut tile, lane, edge, to, point) };
             }
         }
     }

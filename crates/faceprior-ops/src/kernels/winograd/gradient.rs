@@ -470,7 +470,7 @@ impl Points {
             let first = first.wrapping_add(lane * self.columns);
             // SAFETY: the caller's promise.
             unsafe {
-                let mut half = Half::new();
+                let mut half = Half::<EDGE>::new();
                 for column in 0..EDGE {
                     let mut s = [L::zero(); EDGE];
                     for (row, s) in s.iter_mut().enumerate() {

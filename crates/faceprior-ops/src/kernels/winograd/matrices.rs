@@ -35,23 +35,32 @@ const AT_0: f32 = P2 * Q2;
 const AT_P: f32 = 2.0 * P2 * (P2 - Q2);
 const AT_Q: f32 = 2.0 * Q2 * (Q2 - P2);
 
+/// What a kernel of three taps along an axis becomes.
+pub(super) trait KernelMatrix {
+    unsafe fn apply<L: Lanes>(g: [L; 3]) -> [L; EDGE];
+}
+
 /// G: the kernel's polynomial at all points, over [`AT_0`], [`AT_P`] and [`AT_Q`].
-#[inline(always)]
-pub(super) unsafe fn kernel_to_points<L: Lanes>(g: [L; 3]) -> [L; EDGE] {
-    // SAFETY: the caller promises the instructions of `L`.
-    unsafe {
-        let [g0, g1, g2] = g;
-        let even_p = L::splat(1.0 / AT_P).mul(L::splat(P2).mul_add(g2, g0));
-        let even_q = L::splat(1.0 / AT_Q).mul(L::splat(Q2).mul_add(g2, g0));
-        let (odd_p, odd_q) = (L::splat(P / AT_P).mul(g1), L::splat(Q / AT_Q).mul(g1));
-        [
-            g2,
-            L::splat(1.0 / AT_0).mul(g0),
-            even_p.add(odd_p),
-            even_p.sub(odd_p),
-            even_q.add(odd_q),
-            even_q.sub(odd_q),
-        ]
+pub(super) struct ThreeTaps;
+
+impl KernelMatrix for ThreeTaps {
+    #[inline(always)]
+    unsafe fn apply<L: Lanes>(g: [L; 3]) -> [L; EDGE] {
+        // SAFETY: the caller promises the instructions of `L`.
+        unsafe {
+            let [g0, g1, g2] = g;
+            let even_p = L::splat(1.0 / AT_P).mul(L::splat(P2).mul_add(g2, g0));
+            let even_q = L::splat(1.0 / AT_Q).mul(L::splat(Q2).mul_add(g2, g0));
+            let (odd_p, odd_q) = (L::splat(P / AT_P).mul(g1), L::splat(Q / AT_Q).mul(g1));
+            [
+                g2,
+                L::splat(1.0 / AT_0).mul(g0),
+                even_p.add(odd_p),
+                even_p.sub(odd_p),
+                even_q.add(odd_q),
+                even_q.sub(odd_q),
+            ]
+        }
     }
 }
 
@@ -245,18 +254,24 @@ const TWO_AT_P: f32 = 2.0 * P2 * (P - Q);
 const TWO_AT_MINUS_P: f32 = -2.0 * P2 * (P + Q);
 const TWO_AT_Q: f32 = Q * (Q2 - P2);
 
-/// A kernel of two taps at ∞, 0, p, −p and q, over these.
-#[inline(always)]
-pub(super) unsafe fn two_taps_to_points<L: Lanes>([g0, g1]: [L; 2]) -> [L; 5] {
-    // SAFETY: the caller promises the instructions of `L`.
-    unsafe {
-        [
-            g1,
-            L::splat(1.0 / TWO_AT_0).mul(g0),
-            L::splat(1.0 / TWO_AT_P).mul(L::splat(P).mul_add(g1, g0)),
-            L::splat(1.0 / TWO_AT_MINUS_P).mul(L::splat(-P).mul_add(g1, g0)),
-            L::splat(1.0 / TWO_AT_Q).mul(L::splat(Q).mul_add(g1, g0)),
-        ]
+/// The middle tap, and the outer two as a kernel of their own at ∞, 0, p, −p and q, over these.
+pub(super) struct MiddleAndOuterTaps;
+
+impl KernelMatrix for MiddleAndOuterTaps {
+    #[inline(always)]
+    unsafe fn apply<L: Lanes>(g: [L; 3]) -> [L; EDGE] {
+        // SAFETY: the caller promises the instructions of `L`.
+        unsafe {
+            let [g0, g1, g2] = g;
+            [
+                g1,
+                g2,
+                L::splat(1.0 / TWO_AT_0).mul(g0),
+                L::splat(1.0 / TWO_AT_P).mul(L::splat(P).mul_add(g2, g0)),
+                L::splat(1.0 / TWO_AT_MINUS_P).mul(L::splat(-P).mul_add(g2, g0)),
+                L::splat(1.0 / TWO_AT_Q).mul(L::splat(Q).mul_add(g2, g0)),
+            ]
+        }
     }
 }
 
@@ -377,21 +392,27 @@ pub(super) use with_matrices;
 /// In memory, since there are not registers enough. Of an array of vectors the compiler, where these take two registers
 /// each, makes one that it clears first and copies as a whole: a fifth of a convolution's time.
 #[repr(align(64))]
-pub(super) struct Half(MaybeUninit<[[[f32; BLOCK]; EDGE]; EDGE]>);
+pub(super) struct Half<const SIDE: usize = EDGE>(MaybeUninit<[[[f32; BLOCK]; SIDE]; SIDE]>);
 
-impl Half {
+impl<const SIDE: usize> Half<SIDE> {
     #[inline(always)]
     pub(super) fn new() -> Self {
         Self(MaybeUninit::uninit())
     }
 
+    /// Where a vector lies.
+    #[inline(always)]
+    pub(super) fn at(&mut self, row: usize, column: usize) -> *mut f32 {
+        let first = self.0.as_mut_ptr().cast::<f32>();
+        first.wrapping_add((row * SIDE + column) * BLOCK)
+    }
+
     /// Writes a column from the first row on.
     #[inline(always)]
     pub(super) unsafe fn write_column<L: Lanes, const R: usize>(&mut self, column: usize, values: [L; R]) {
-        let to = self.0.as_mut_ptr().cast::<f32>();
         for (row, value) in values.into_iter().enumerate() {
             // SAFETY: the caller promises the instructions of `L` and a column of the tile.
-            unsafe { value.store(to.wrapping_add((row * EDGE + column) * BLOCK)) };
+            unsafe { value.store(self.at(row, column)) };
         }
     }
 
@@ -403,7 +424,7 @@ impl Half {
         unsafe {
             let mut values = [L::zero(); C];
             for (column, value) in values.iter_mut().enumerate() {
-                *value = L::load(from.wrapping_add((row * EDGE + column) * BLOCK));
+                *value = L::load(from.wrapping_add((row * SIDE + column) * BLOCK));
             }
             values
         }

@@ -11,6 +11,7 @@ use super::super::weights::WeightTile;
 use super::super::{Shared, parallel};
 use super::convolve::Taps;
 use super::grid::Grid;
+use super::matrices::ThreeTaps;
 use super::tiles::{TransformInput, TransformOutput};
 use super::{BLOCK, EDGE, POINTS, Shape};
 use crate::pool::Buffer;
@@ -163,7 +164,7 @@ impl Kernel for Outputs<'_> {
                         let to = weight.wrapping_add(panel.start(block - blocks.start) + row * BLOCK * BLOCK);
                         for lane in 0..BLOCK {
                             let to = to.wrapping_add(lane * BLOCK);
-                            taps.transform::<L>(&mut tile, lane, EDGE, to, weight_point);
+                            taps.transform::<L, ThreeTaps>(&mut tile, lane, EDGE, to, weight_point);
                         }
                     }
                 }

@@ -8,7 +8,6 @@
 //!
 //! Points and smaller last tiles are those of the other form: see [`matrices`](super::matrices).
 
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::super::direct::Geometry;
@@ -16,11 +15,11 @@ use super::super::lanes::{Isa, Kernel, Lanes};
 use super::super::load::{Load, Read, with_read};
 use super::super::panel::Panel;
 use super::super::tile::{Row, multiply_panel};
-use super::super::weights::{Columns, WeightTile};
+use super::super::weights::Columns;
 use super::super::{Shared, parallel};
-use super::convolve::{Taps, panel};
+use super::convolve::{Taps, panel, transform_weight};
 use super::grid::{Grid, Place};
-use super::matrices::{FourOfTwo, Matrices, ThreeOfTwo, TwoOfTwo, two_taps_to_points};
+use super::matrices::{FourOfTwo, Half, Matrices, MiddleAndOuterTaps, ThreeOfTwo, TwoOfTwo};
 use super::{BLOCK, EDGE, POINTS, Shape, TILE};
 use crate::pool::Buffer;
 
@@ -132,19 +131,9 @@ fn convolve(isa: Isa, shape: Shape, taps: Taps, maps: Maps, y: &mut [f32]) {
     assert_eq!(maps.x.len(), shape.n * in_blocks * from);
     assert_eq!(y.len(), shape.n * panel.blocks * to);
     assert_eq!(taps.weight.len(), shape.i * shape.o * 9);
+    // A class stands where a point does in the other form.
+    let weight = transform_weight::<MiddleAndOuterTaps>(isa, taps, EDGE);
     let class = panel.size() + BLOCK;
-    let mut weight = Buffer::take(POINTS * class);
-    let to = Shared::new(&mut weight);
-    parallel(panel.blocks * in_blocks, |task| {
-        isa.run(WeightBlock {
-            taps,
-            panel,
-            class,
-            to,
-            block: task / in_blocks,
-            in_block: task % in_blocks,
-        });
-    });
     let (threads, tiles, weight) = (rayon::current_num_threads(), grid.tiles(), &*weight);
     let chunk_tiles = tiles.div_ceil(tiles.div_ceil(CHUNK_TILES).next_multiple_of(threads));
     let y = Shared::new(y);
@@ -159,71 +148,6 @@ fn convolve(isa: Isa, shape: Shape, taps: Taps, maps: Maps, y: &mut [f32]) {
             tiles: chunk * chunk_tiles..tiles.min((chunk + 1) * chunk_tiles),
         });
     });
-}
-
-/// The weight of all classes for sixteen outputs and sixteen inputs.
-struct WeightBlock<'a> {
-    taps: Taps<'a>,
-    panel: Panel,
-    class: usize,
-    to: Shared,
-    block: usize,
-    in_block: usize,
-}
-
-impl Kernel for WeightBlock<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<L: Lanes>(self) {
-        let Self {
-            taps,
-            panel,
-            class,
-            to,
-            block,
-            in_block,
-        } = self;
-        let mut tile = WeightTile::new(taps.shape);
-        // SAFETY: the caller promises the instructions. This task alone writes the columns of its block in the rows of its
-        // input block, which lie inside the buffer by its size.
-        unsafe {
-            taps.columns.read::<L>(&mut tile, taps.weight, block, in_block);
-            for lane in 0..BLOCK {
-                let to = to.at(panel.start(block) + (in_block * BLOCK + lane) * BLOCK);
-                let mut half = Half::new();
-                for column in 0..3 {
-                    let mut g = [L::zero(); 3];
-                    for (row, g) in g.iter_mut().enumerate() {
-                        *g = L::load(taps.tap(&mut tile, lane, row * 3 + column));
-                    }
-                    for (row, value) in classes(g).into_iter().enumerate() {
-                        value.store(half.at(row, column));
-                    }
-                }
-                for row in 0..EDGE {
-                    let mut g = [L::zero(); 3];
-                    for (column, g) in g.iter_mut().enumerate() {
-                        *g = L::load(half.at(row, column));
-                    }
-                    for (column, value) in classes(g).into_iter().enumerate() {
-                        value.store(to.wrapping_add((row * EDGE + column) * class));
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// What the entries of each class along an axis are multiplied by: the middle tap, and the outer ones at the points.
-///
-/// # Safety
-/// The processor has the instructions of `L`.
-#[inline(always)]
-unsafe fn classes<L: Lanes>([g0, g1, g2]: [L; 3]) -> [L; EDGE] {
-    // SAFETY: the caller's promise.
-    let [infinity, zero, p, minus_p, q] = unsafe { two_taps_to_points([g0, g2]) };
-    [g1, infinity, zero, p, minus_p, q]
 }
 
 /// Entries of a class along an axis of a tile with so many outputs.
@@ -324,23 +248,6 @@ impl Kernel for Chunk<'_> {
     }
 }
 
-/// A tile between its transforms along columns and rows, in memory as [`matrices::Half`](super::matrices::Half) is.
-#[repr(align(64))]
-struct Half(MaybeUninit<[[[f32; BLOCK]; ENTRIES]; ENTRIES]>);
-
-impl Half {
-    #[inline(always)]
-    fn new() -> Self {
-        Self(MaybeUninit::uninit())
-    }
-
-    #[inline(always)]
-    fn at(&mut self, row: usize, column: usize) -> *mut f32 {
-        let first = self.0.as_mut_ptr().cast::<f32>();
-        first.wrapping_add((row * ENTRIES + column) * BLOCK)
-    }
-}
-
 /// Calls a function that is generic over the [`Matrices`] of two taps for so many outputs along an axis.
 macro_rules! with_matrices {
     ($outputs:expr, $function:ident::<$lanes:ident>($($argument:expr),* $(,)?)) => {
@@ -385,7 +292,7 @@ impl Kernel for ToEntries<'_> {
 unsafe fn columns_to_entries<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
     task: &ToEntries,
     values: impl Read<L>,
-    half: &mut Half,
+    half: &mut Half<ENTRIES>,
 ) {
     let ([h, w], step, columns) = (task.maps.from, task.maps.step(), task.place.outputs[1]);
     let [top, left] = task.maps.window(task.place);
@@ -446,7 +353,7 @@ unsafe fn columns_to_entries<L: Lanes, M: Matrices<T, E>, const T: usize, const 
 #[inline(always)]
 unsafe fn rows_to_entries<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
     task: &ToEntries,
-    half: &mut Half,
+    half: &mut Half<ENTRIES>,
 ) {
     let (to, entry, step) = (task.to, task.entry, task.maps.step());
     let rows = task.place.outputs[0];
@@ -500,7 +407,7 @@ impl Kernel for FromEntries<'_> {
 #[inline(always)]
 unsafe fn columns_from_entries<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
     task: &FromEntries,
-    half: &mut Half,
+    half: &mut Half<ENTRIES>,
 ) {
     let (from, entry, columns) = (task.from, task.entry, task.place.outputs[1]);
     for column in (0..columns).chain(TILE..TILE + columns + 1) {
@@ -530,7 +437,7 @@ unsafe fn columns_from_entries<L: Lanes, M: Matrices<T, E>, const T: usize, cons
 #[inline(always)]
 unsafe fn rows_from_entries<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize>(
     task: &FromEntries,
-    half: &mut Half,
+    half: &mut Half<ENTRIES>,
 ) {
     let ([h, w], y) = (task.maps.to, task.y);
     // Pixels of the larger map for each of the smaller.

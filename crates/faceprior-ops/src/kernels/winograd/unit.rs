@@ -11,6 +11,7 @@ use super::super::weights::WeightTile;
 use super::super::{Shared, amx, parallel};
 use super::convolve::Taps;
 use super::grid::Grid;
+use super::matrices::ThreeTaps;
 use super::tiles::{TransformInput, TransformOutput};
 use super::{BLOCK, EDGE, POINTS, Shape, TILE};
 use crate::pool::Buffer;
@@ -80,7 +81,7 @@ impl Kernel for WeightSquares<'_> {
                     taps.columns.read::<L>(&mut tile, taps.weight, block, in_block);
                     for lane in 0..BLOCK {
                         let to = squares.wrapping_add((inner * BLOCK + lane) * SQUARE + half * BLOCK);
-                        taps.transform::<L>(&mut tile, lane, EDGE, to, SQUARE * SQUARE);
+                        taps.transform::<L, ThreeTaps>(&mut tile, lane, EDGE, to, SQUARE * SQUARE);
                     }
                 }
             }
