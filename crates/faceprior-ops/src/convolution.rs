@@ -111,7 +111,7 @@ struct Convolution {
 #[derive(Clone, Copy)]
 enum Algorithm {
     Winograd(Shape, Tile),
-    /// Winograd's form with stride 2; weight gradients are direct.
+    /// Winograd's form with stride 2; weight gradients and prepared weights are direct.
     Strided(Geometry),
     Direct(Geometry),
     Depthwise(Geometry),
@@ -157,7 +157,6 @@ impl Convolution {
             (Algorithm::Direct(_), Some(shape)) if shape.tiles_of(2) >= MIN_WINOGRAD_TILES => {
                 Algorithm::Winograd(shape, Tile::Two)
             }
-            (Algorithm::Strided(geometry), _) => Algorithm::Direct(geometry),
             (algorithm, _) => algorithm,
         }
     }

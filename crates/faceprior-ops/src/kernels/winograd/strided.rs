@@ -187,13 +187,30 @@ impl Kernel for Chunk<'_> {
         let in_blocks = inputs / BLOCK;
         // A cache line more per entry, lest the streams of a transform meet in one cache set.
         let v_entry = tiles.len() * inputs + BLOCK;
-        let m_entry = tiles.len() * L::TILE_BLOCKS.min(out_blocks) * BLOCK + BLOCK;
+        let width = L::TILE_BLOCKS.min(out_blocks) * BLOCK;
+        let m_entry = tiles.len() * width + BLOCK;
         let mut v = Buffer::take(ENTRIES * ENTRIES * v_entry);
         let mut m = Buffer::take(ENTRIES * ENTRIES * m_entry);
         let (v, m) = (v.as_mut_ptr(), m.as_mut_ptr());
         let runs = panel.runs([0]);
         let places: Vec<_> = tiles.clone().map(|tile| grid.place(tile)).collect();
-        let mut rows = Vec::with_capacity(tiles.len() * TILE * TILE);
+        let rows_of = |class: usize| {
+            let mut rows = Vec::new();
+            for tile in grid.having(class, &tiles) {
+                let [height, wide] = places[tile].outputs;
+                for row in entries(class / EDGE, height) {
+                    for column in entries(class % EDGE, wide) {
+                        let entry = row * ENTRIES + column;
+                        rows.push(Row {
+                            a: entry * v_entry + tile * inputs,
+                            c: entry * m_entry + tile * width,
+                        });
+                    }
+                }
+            }
+            rows
+        };
+        let rows: Vec<_> = (0..POINTS).map(rows_of).collect();
         // SAFETY: the caller promises the instructions. Scratch is sized above; the maps are sized as `convolve` checked.
         // This task alone writes the outputs of its tiles.
         unsafe {
@@ -210,24 +227,10 @@ impl Kernel for Chunk<'_> {
             }
             for first in (0..out_blocks).step_by(L::TILE_BLOCKS) {
                 let blocks = L::TILE_BLOCKS.min(out_blocks - first);
-                let width = blocks * BLOCK;
-                for at in 0..POINTS {
-                    rows.clear();
-                    for tile in grid.having(at, &tiles) {
-                        let [height, wide] = places[tile].outputs;
-                        for row in entries(at / EDGE, height) {
-                            for column in entries(at % EDGE, wide) {
-                                let entry = row * ENTRIES + column;
-                                rows.push(Row {
-                                    a: entry * v_entry + tile * inputs,
-                                    c: entry * m_entry + tile * width,
-                                });
-                            }
-                        }
-                    }
+                for (at, rows) in rows.iter().enumerate() {
                     let weight = weight.as_ptr().wrapping_add(at * class);
                     multiply_panel::<L>(
-                        &rows, &runs, v, panel, weight, first, blocks, m, BLOCK, true, false,
+                        rows, &runs, v, panel, weight, first, blocks, m, BLOCK, true, false,
                     );
                 }
                 for (at, place) in places.iter().enumerate() {
