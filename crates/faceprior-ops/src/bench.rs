@@ -116,6 +116,16 @@ impl Convolution {
             Some(shape) => {
                 winograd::weight_gradient(Isa::best(), shape, &self.x, None, &self.y, &mut self.weight);
             }
+            None if strided::suits(Isa::best(), self.geometry) => {
+                strided::weight_gradient(
+                    Isa::best(),
+                    self.geometry,
+                    &self.x,
+                    None,
+                    &self.y,
+                    &mut self.weight,
+                );
+            }
             None => {
                 direct::weight_gradient(
                     Isa::best(),

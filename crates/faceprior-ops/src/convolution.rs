@@ -111,7 +111,7 @@ struct Convolution {
 #[derive(Clone, Copy)]
 enum Algorithm {
     Winograd(Shape, Tile),
-    /// Winograd's form with stride 2; weight gradients and prepared weights are direct.
+    /// Winograd's form with stride 2; where weights are prepared, direct.
     Strided(Geometry),
     Direct(Geometry),
     Depthwise(Geometry),
@@ -266,7 +266,10 @@ impl Convolution {
                 Algorithm::Winograd(shape, _) => {
                     winograd::weight_gradient(isa, shape, from, load, gradient, &mut dw);
                 }
-                Algorithm::Direct(geometry) | Algorithm::Strided(geometry) => {
+                Algorithm::Strided(geometry) => {
+                    strided::weight_gradient(isa, geometry, from, load, gradient, &mut dw);
+                }
+                Algorithm::Direct(geometry) => {
                     direct::weight_gradient(isa, geometry, from, load, gradient, &mut dw);
                 }
                 Algorithm::Depthwise(geometry) => {

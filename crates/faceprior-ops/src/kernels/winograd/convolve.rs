@@ -9,10 +9,10 @@ use super::super::panel::Panel;
 use super::super::tile::{Row, multiply_panel};
 use super::super::weights::{Columns, WeightShape, WeightTile};
 use super::super::{Shared, parallel};
-use super::grid::Grid;
+use super::form::{Form, Maps};
 use super::matrices::{Half, KernelMatrix, ThreeTaps};
-use super::tiles::{TransformInput, TransformOutput};
-use super::{BLOCK, EDGE, Shape, Tile, pieces, unit};
+use super::tiles::StrideOne;
+use super::{BLOCK, EDGE, POINTS, Shape, Tile, pieces, unit};
 use crate::pool::Buffer;
 
 /// The weight of a convolution, `[O, I, 3, 3]`, at the points of the tiles: what [`forward`] multiplies by.
@@ -40,7 +40,12 @@ pub(crate) fn forward(
 ) {
     match tile {
         Tile::Four if unit::suits(isa, shape) => unit::convolve(isa, shape, prepared, x, load, y),
-        _ => convolve(isa, tile.grid(shape), prepared, x, load, y),
+        _ => {
+            let form = StrideOne {
+                grid: tile.grid(shape),
+            };
+            convolve(isa, form, prepared, Maps { x, load }, y);
+        }
     }
 }
 
@@ -79,12 +84,21 @@ pub(crate) fn data_gradient(isa: Isa, shape: Shape, dy: &[f32], weight: &[f32], 
 fn convolve_once(isa: Isa, shape: Shape, taps: Taps, x: &[f32], load: Option<Load>, y: &mut [f32]) {
     if unit::suits(isa, shape) {
         unit::convolve(isa, shape, &unit::prepare(isa, taps), x, load, y);
-    } else if pieces::suits(shape) {
-        pieces::convolve(isa, shape, taps, x, load, y);
+        return;
+    }
+    let form = StrideOne {
+        grid: Tile::Four.grid(shape),
+    };
+    convolve_taps(isa, form, taps, Maps { x, load }, y);
+}
+
+/// The convolution that `form` is of, with the taps of a weight.
+pub(super) fn convolve_taps<F: Form>(isa: Isa, form: F, taps: Taps, maps: Maps, y: &mut [f32]) {
+    if pieces::suits(form) {
+        pieces::convolve(isa, form, taps, maps, y);
     } else {
-        let grid = Tile::Four.grid(shape);
-        let weight = transform_weight::<ThreeTaps>(isa, taps, grid.edge());
-        convolve(isa, grid, &weight, x, load, y);
+        let weight = transform_weight::<F::Taps>(isa, taps, form.grid().edge());
+        convolve(isa, form, &weight, maps, y);
     }
 }
 
@@ -122,10 +136,10 @@ impl Taps<'_> {
                     let tap = if flipped { 8 - tap } else { tap };
                     *g = L::load(self.columns.row(tile, lane, tap));
                 }
-                half.write_column(column, G::apply(g));
+                half.write_column(column, G::taps_to_points(g));
             }
             for row in 0..edge {
-                let values = G::apply(half.row::<L, 3>(row));
+                let values = G::taps_to_points(half.row::<L, 3>(row));
                 for (column, value) in values.into_iter().enumerate().take(edge) {
                     value.store(to.wrapping_add((row * edge + column) * point));
                 }
@@ -134,18 +148,20 @@ impl Taps<'_> {
     }
 }
 
-fn convolve(isa: Isa, grid: Grid, weight: &[f32], x: &[f32], load: Option<Load>, y: &mut [f32]) {
+/// The same with a weight that is transformed already.
+fn convolve<F: Form>(isa: Isa, form: F, weight: &[f32], maps: Maps, y: &mut [f32]) {
+    let (grid, [from, to]) = (form.grid(), form.planes());
     let shape = grid.shape;
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
-    assert_eq!(x.len(), shape.n * in_blocks * shape.plane());
-    assert_eq!(y.len(), shape.n * out_blocks * shape.plane());
+    assert_eq!(maps.x.len(), shape.n * in_blocks * from);
+    assert_eq!(y.len(), shape.n * out_blocks * to);
     let panel = panel(shape.i, shape.o);
     assert_eq!(weight.len(), grid.points() * (panel.size() + BLOCK));
 
     let (threads, tiles) = (rayon::current_num_threads(), grid.tiles());
     // Each thread reads its part of the weight, which is more than a chunk's inputs.
     let shareable = out_blocks.div_ceil(SPLIT_BLOCKS);
-    let chunks = match tiles.div_ceil(CHUNK_TILES) {
+    let chunks = match tiles.div_ceil((CHUNK_ENTRIES / form.entries()).min(CHUNK_TILES)) {
         1 if shareable >= threads => 1,
         chunks => chunks.next_multiple_of(threads).min(tiles),
     };
@@ -160,9 +176,8 @@ fn convolve(isa: Isa, grid: Grid, weight: &[f32], x: &[f32], load: Option<Load>,
         let first_tile = task / splits * chunk_tiles;
         let first_block = task % splits * split_blocks;
         isa.run(Chunk {
-            grid,
-            x,
-            load,
+            form,
+            maps,
             panel,
             point: panel.size() + BLOCK,
             weight,
@@ -176,12 +191,13 @@ fn convolve(isa: Isa, grid: Grid, weight: &[f32], x: &[f32], load: Option<Load>,
 /// Tasks share output channels by so many blocks.
 const SPLIT_BLOCKS: usize = 4;
 
-/// Tiles of a chunk. Its transformed inputs should stay in the second-level cache, but the transformed weights, which
-/// stream past once per chunk, must be worth their way.
+/// Tiles of a chunk, and entries of those. Its transformed inputs should stay in the second-level cache, but the
+/// transformed weights, which stream past once per chunk, must be worth their way.
 const CHUNK_TILES: usize = 64;
+const CHUNK_ENTRIES: usize = CHUNK_TILES * POINTS;
 
 /// The weight of one point: input channels by output channels.
-pub(super) fn panel(inputs: usize, outputs: usize) -> Panel {
+fn panel(inputs: usize, outputs: usize) -> Panel {
     Panel {
         runs: 1,
         length: inputs.next_multiple_of(BLOCK),
@@ -191,7 +207,7 @@ pub(super) fn panel(inputs: usize, outputs: usize) -> Panel {
 
 /// `G g Gᵀ` for all pairs of channels: a panel for each of `edge`² points, a cache line apart, lest the streams of a
 /// transform meet in one cache set.
-pub(super) fn transform_weight<G: KernelMatrix>(isa: Isa, taps: Taps, edge: usize) -> Buffer {
+fn transform_weight<G: KernelMatrix>(isa: Isa, taps: Taps, edge: usize) -> Buffer {
     let (outputs, inputs) = taps.columns.sides(taps.shape);
     assert_eq!(taps.weight.len(), inputs * outputs * 9);
     let panel = panel(inputs, outputs);
@@ -258,11 +274,10 @@ impl<G: KernelMatrix> Kernel for WeightBlocks<'_, G> {
     }
 }
 
-/// Some tiles and output channels of a convolution: transform, a matrix product for each point, transform back.
-struct Chunk<'a> {
-    grid: Grid,
-    x: &'a [f32],
-    load: Option<Load<'a>>,
+/// Some tiles and output channels of a convolution: to entries, a matrix product for each, and back.
+struct Chunk<'a, F> {
+    form: F,
+    maps: Maps<'a>,
     panel: Panel,
     point: usize,
     weight: &'a [f32],
@@ -271,15 +286,14 @@ struct Chunk<'a> {
     blocks: Range<usize>,
 }
 
-impl Kernel for Chunk<'_> {
+impl<F: Form> Kernel for Chunk<'_, F> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
-            grid,
-            x,
-            load,
+            form,
+            maps,
             panel,
             point,
             weight,
@@ -287,60 +301,46 @@ impl Kernel for Chunk<'_> {
             tiles,
             blocks: all_blocks,
         } = self;
-        let points = grid.points();
+        let grid = form.grid();
         let (inputs, out_blocks) = (panel.length, panel.blocks);
         let in_blocks = inputs / BLOCK;
-        let widest = L::TILE_BLOCKS.min(all_blocks.len()) * BLOCK;
-        // A cache line more per point, as in the weight.
-        let v_point = tiles.len() * inputs + BLOCK;
-        let m_point = tiles.len() * widest + BLOCK;
-        let mut v = Buffer::take(points * v_point);
-        let mut m = Buffer::take(points * m_point);
+        let width = L::TILE_BLOCKS.min(all_blocks.len()) * BLOCK;
+        // A cache line more per entry, as per point of the weight.
+        let v_entry = tiles.len() * inputs + BLOCK;
+        let m_entry = tiles.len() * width + BLOCK;
+        let mut v = Buffer::take(form.entries() * v_entry);
+        let mut m = Buffer::take(form.entries() * m_entry);
         let (v, m) = (v.as_mut_ptr(), m.as_mut_ptr());
         let runs = panel.runs([0]);
-        // SAFETY: the caller promises the instructions. Scratch is sized above; `x` and `y` are sized by the caller
-        // as the shape says. This task alone writes the outputs of its tiles and blocks.
+        let places: Vec<_> = tiles.clone().map(|tile| grid.place(tile)).collect();
+        let rows = Row::spaced(tiles.len(), inputs, width);
+        // SAFETY: the caller promises the instructions. Scratch is sized above; the maps are sized as `convolve` checked.
+        // This task alone writes the outputs of its tiles and blocks.
         unsafe {
-            for (row, tile) in tiles.clone().enumerate() {
-                let place = grid.place(tile);
+            for (at, place) in places.iter().enumerate() {
                 for block in 0..in_blocks {
-                    L::call(TransformInput {
-                        x,
-                        load,
-                        plane: place.picture * in_blocks + block,
-                        grid,
-                        place,
-                        to: v.wrapping_add(row * inputs + block * BLOCK),
-                        point: v_point,
-                    });
+                    let plane = place.picture * in_blocks + block;
+                    let to = v.wrapping_add(at * inputs + block * BLOCK);
+                    form.to_entries::<L>(maps, plane, *place, to, v_entry);
                 }
             }
             for first in all_blocks.clone().step_by(L::TILE_BLOCKS) {
                 let blocks = L::TILE_BLOCKS.min(all_blocks.end - first);
-                let width = blocks * BLOCK;
-                let rows = Row::spaced(tiles.len(), inputs, width);
-                for at in 0..points {
-                    let rows = &rows[grid.having(at, &tiles)];
-                    let (a, weight) = (
-                        v.wrapping_add(at * v_point),
-                        weight.as_ptr().wrapping_add(at * point),
-                    );
-                    let c = m.wrapping_add(at * m_point);
-                    multiply_panel::<L>(
-                        rows, &runs, a, panel, weight, first, blocks, c, BLOCK, true, false,
-                    );
+                for at in 0..grid.points() {
+                    let weight = weight.as_ptr().wrapping_add(at * point);
+                    for (entry, having) in form.meeting(at, &tiles) {
+                        let (a, c) = (v.wrapping_add(entry * v_entry), m.wrapping_add(entry * m_entry));
+                        let rows = &rows[having];
+                        multiply_panel::<L>(
+                            rows, &runs, a, panel, weight, first, blocks, c, BLOCK, true, false,
+                        );
+                    }
                 }
-                for (row, tile) in tiles.clone().enumerate() {
-                    let place = grid.place(tile);
+                for (at, place) in places.iter().enumerate() {
                     for block in 0..blocks {
-                        L::call(TransformOutput {
-                            from: m.wrapping_add(row * width + block * BLOCK),
-                            point: m_point,
-                            y,
-                            plane: place.picture * out_blocks + first + block,
-                            grid,
-                            place,
-                        });
+                        let plane = place.picture * out_blocks + first + block;
+                        let from = m.wrapping_add(at * width + block * BLOCK);
+                        form.from_entries::<L>(from, m_entry, y, plane, *place);
                     }
                 }
             }

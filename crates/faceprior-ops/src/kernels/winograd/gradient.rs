@@ -1,5 +1,6 @@
 //! The weight gradient: sums over tiles.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::super::lanes::{Isa, Kernel, Lanes, Parts};
@@ -7,9 +8,10 @@ use super::super::load::Load;
 use super::super::tile::{Row, Runs, Strides, multiply};
 use super::super::weights::WeightTile;
 use super::super::{Shared, parallel};
+use super::form::{Form, GradientForm, Maps};
 use super::grid::Grid;
-use super::matrices::{Half, points_to_kernel};
-use super::tiles::{TransformInput, TransformOutputGradient};
+use super::matrices::{Half, KernelMatrix};
+use super::tiles::StrideOne;
 use super::{BLOCK, EDGE, POINTS, Shape};
 use crate::pool::Buffer;
 
@@ -22,10 +24,18 @@ pub(crate) fn weight_gradient(
     dy: &[f32],
     dw: &mut [f32],
 ) {
-    let maps = Maps { x, load, dy };
+    let form = StrideOne {
+        grid: Grid::new(shape),
+    };
+    sum(isa, form, Pair { x: Maps { x, load }, dy }, dw);
+}
+
+/// The gradient of the weight of the convolution that `form` is of.
+pub(super) fn sum<F: GradientForm>(isa: Isa, form: F, maps: Pair, dw: &mut [f32]) {
+    let (shape, tiles, [from, to]) = (form.grid().shape, form.grid().tiles(), form.planes());
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
-    assert_eq!(x.len(), shape.n * in_blocks * shape.plane());
-    assert_eq!(dy.len(), shape.n * out_blocks * shape.plane());
+    assert_eq!(maps.x.x.len(), shape.n * in_blocks * from);
+    assert_eq!(maps.dy.len(), shape.n * out_blocks * to);
     assert_eq!(dw.len(), shape.i * shape.o * 9);
 
     // With few channels a part of the tiles has sums of its own, which stay in the cache while its tiles stream past.
@@ -34,29 +44,29 @@ pub(crate) fn weight_gradient(
     let size = POINTS * sums_point(shape);
     let [in_groups, out_groups] = groups(shape);
     if size > PRIVATE_FLOATS
-        && shape.tiles() <= SHARED_CHUNK_TILES
+        && tiles * form.entries() <= SHARED_CHUNK_ENTRIES
         && in_groups * out_groups >= rayon::current_num_threads()
         && isa.matrices().is_none()
     {
-        sum_by_squares(isa, shape, maps, dw);
+        sum_by_squares(isa, form, maps, dw);
         return;
     }
     let parts = if size <= PRIVATE_FLOATS {
-        shape.tiles().div_ceil(PART_TILES).min(MAX_PARTS)
+        tiles.div_ceil(PART_TILES).min(MAX_PARTS)
     } else {
         1
     };
     let mut sums = Buffer::take(parts * size);
     if parts == 1 {
-        sum_by_points(isa, shape, maps, &mut sums);
+        sum_by_points(isa, form, maps, &mut sums);
     } else {
-        let part_tiles = shape.tiles().div_ceil(parts);
+        let part_tiles = tiles.div_ceil(parts);
         let all = Shared::new(&mut sums);
         parallel(parts, |part| {
-            let first_tile = (part * part_tiles).min(shape.tiles());
-            let last_tile = (first_tile + part_tiles).min(shape.tiles());
+            let first_tile = (part * part_tiles).min(tiles);
+            let last_tile = (first_tile + part_tiles).min(tiles);
             isa.run(GradientPart {
-                shape,
+                form,
                 maps,
                 sums: all,
                 start: part * size,
@@ -71,6 +81,7 @@ pub(crate) fn weight_gradient(
     parallel(out_groups * in_blocks, |task| {
         let (group, in_block) = (task / in_blocks, task % in_blocks);
         isa.run(GradientBlock {
+            taps: PhantomData::<F::Taps>,
             shape,
             sums,
             dw,
@@ -80,12 +91,11 @@ pub(crate) fn weight_gradient(
     });
 }
 
-/// The input, how it is read, and the gradient of the output.
+/// The input and the gradient of the output.
 #[derive(Clone, Copy)]
-struct Maps<'a> {
-    x: &'a [f32],
-    load: Option<Load<'a>>,
-    dy: &'a [f32],
+pub(super) struct Pair<'a> {
+    pub(super) x: Maps<'a>,
+    pub(super) dy: &'a [f32],
 }
 
 /// Floats from the sums `[I, O]` of a point to those of the next: a cache line more than they take, lest the 36 streams of
@@ -109,30 +119,31 @@ const PRIVATE_FLOATS: usize = POINTS * (64 * 64 + BLOCK);
 const PART_TILES: usize = 128;
 const MAX_PARTS: usize = 16;
 
-/// Transformed inputs and output gradients of some tiles, for a sum over tiles.
+/// Entries of the inputs and output gradients of some tiles, for a sum over tiles.
 ///
-/// `[36][⌈C/16⌉][tiles][16]` each.
+/// `[entries][⌈C/16⌉][tiles][16]` each.
 struct GradientTiles {
     inputs: Buffer,
     outputs: Buffer,
-    input_point: usize,
-    output_point: usize,
+    input_entry: usize,
+    output_entry: usize,
 }
 
 impl GradientTiles {
-    fn new(shape: Shape, tiles: usize) -> Self {
-        // A cache line more per point: see `Chunk`.
-        let input_point = shape.i.div_ceil(BLOCK) * BLOCK * tiles + BLOCK;
-        let output_point = shape.o.div_ceil(BLOCK) * BLOCK * tiles + BLOCK;
+    fn new(form: impl Form, tiles: usize) -> Self {
+        // A cache line more per entry: see `Chunk`.
+        let Shape { i, o, .. } = form.grid().shape;
+        let input_entry = i.div_ceil(BLOCK) * BLOCK * tiles + BLOCK;
+        let output_entry = o.div_ceil(BLOCK) * BLOCK * tiles + BLOCK;
         let (inputs, outputs) = (
-            Buffer::take(POINTS * input_point),
-            Buffer::take(POINTS * output_point),
+            Buffer::take(form.entries() * input_entry),
+            Buffer::take(form.entries() * output_entry),
         );
         Self {
             inputs,
             outputs,
-            input_point,
-            output_point,
+            input_entry,
+            output_entry,
         }
     }
 
@@ -143,8 +154,8 @@ impl GradientTiles {
             matrices: None,
             inputs: Shared::new(&mut self.inputs),
             outputs: Shared::new(&mut self.outputs),
-            input_point: self.input_point,
-            output_point: self.output_point,
+            input_entry: self.input_entry,
+            output_entry: self.output_entry,
             capacity,
         }
     }
@@ -158,63 +169,52 @@ struct TilesView {
     matrices: Option<Parts>,
     inputs: Shared,
     outputs: Shared,
-    input_point: usize,
-    output_point: usize,
+    input_entry: usize,
+    output_entry: usize,
     capacity: usize,
 }
 
-/// Transforms the tiles `first_tile + from .. first_tile + to` into places `from .. to`.
+/// Makes the tiles `first_tile + from .. first_tile + to` into entries in places `from .. to`.
 ///
 /// # Safety
-/// Instructions of `L`; maps and view are of the shape; no other task writes these places.
+/// Instructions of `L`; maps and view are of the form; no other task writes these places.
 #[inline(always)]
-unsafe fn transform_gradient_tiles<L: Lanes>(
-    shape: Shape,
-    maps: Maps,
+unsafe fn to_entries<L: Lanes>(
+    form: impl GradientForm,
+    maps: Pair,
     view: TilesView,
     first_tile: usize,
     places: Range<usize>,
 ) {
-    let grid = Grid::new(shape);
-    let [in_blocks, out_blocks] = all_blocks(shape).map(|blocks| blocks.len());
+    let grid = form.grid();
+    let [in_blocks, out_blocks] = all_blocks(grid.shape).map(|blocks| blocks.len());
     for at in places {
         let place = grid.place(first_tile + at);
+        let to = |block: usize| (block * view.capacity + at) * BLOCK;
         // SAFETY: the caller's promise.
         unsafe {
             for block in 0..in_blocks {
-                L::call(TransformInput {
-                    x: maps.x,
-                    load: maps.load,
-                    plane: place.picture * in_blocks + block,
-                    grid,
-                    place,
-                    to: view.inputs.at((block * view.capacity + at) * BLOCK),
-                    point: view.input_point,
-                });
+                let plane = place.picture * in_blocks + block;
+                form.to_entries::<L>(maps.x, plane, place, view.inputs.at(to(block)), view.input_entry);
             }
             for block in 0..out_blocks {
-                L::call(TransformOutputGradient {
-                    dy: maps.dy,
-                    plane: place.picture * out_blocks + block,
-                    grid,
-                    place,
-                    to: view.outputs.at((block * view.capacity + at) * BLOCK),
-                    point: view.output_point,
-                });
+                let (plane, to) = (place.picture * out_blocks + block, view.outputs.at(to(block)));
+                form.gradient_to_entries::<L>(maps.dy, plane, place, to, view.output_entry);
             }
         }
     }
 }
 
-/// Adds the products of the transformed tiles in some places at one point, of some blocks of inputs and of outputs, to
-/// their sums `[inputs, outputs]`.
+/// Adds the products at one point of some tiles' entries, in their places from the first on, of some blocks of inputs and of
+/// outputs, to their sums `[inputs, outputs]`.
 ///
 /// # Safety
 /// Instructions of `L`; the view holds the blocks of these tiles; nobody else writes the sums.
 #[inline(always)]
 unsafe fn add_point<L: Lanes>(
+    form: impl Form,
     view: TilesView,
-    places: Range<usize>,
+    tiles: &Range<usize>,
     point: usize,
     [inputs, outputs]: [Range<usize>; 2],
     sums: *mut f32,
@@ -227,6 +227,7 @@ unsafe fn add_point<L: Lanes>(
             c: input * columns,
         })
         .collect();
+    let entries: Vec<_> = form.meeting(point, tiles).collect();
     for first in outputs.clone().step_by(view.group_blocks) {
         let blocks = view.group_blocks.min(outputs.end - first);
         let strides = Strides {
@@ -237,50 +238,63 @@ unsafe fn add_point<L: Lanes>(
             matrices: view.matrices,
             b_follows: false,
         };
-        let runs = Runs {
-            offsets: &[(places.start * BLOCK, places.start * BLOCK)],
-            length: places.len(),
-        };
-        // SAFETY: the caller's promise.
-        unsafe {
-            let a = view.inputs.at(point * view.input_point + inputs.start * block);
-            let b = view.outputs.at(point * view.output_point + first * block);
-            let c = sums.wrapping_add((first - outputs.start) * BLOCK);
-            multiply::<L>(&rows, blocks, runs, strides, a, b, c, accumulate);
+        let (a, b) = (
+            view.inputs.at(inputs.start * block),
+            view.outputs.at(first * block),
+        );
+        let c = sums.wrapping_add((first - outputs.start) * BLOCK);
+        let mut accumulate = accumulate;
+        // Entries that as many tiles have are one product.
+        for entries in entries.chunk_by(|(_, one), (_, next)| one.len() == next.len()) {
+            let offsets: Vec<_> = entries
+                .iter()
+                .map(|(entry, having)| {
+                    let place = having.start * BLOCK;
+                    (entry * view.input_entry + place, entry * view.output_entry + place)
+                })
+                .collect();
+            let runs = Runs {
+                offsets: &offsets,
+                length: entries[0].1.len(),
+            };
+            // SAFETY: the caller's promise.
+            unsafe { multiply::<L>(&rows, blocks, runs, strides, a, b, c, accumulate) };
+            accumulate = true;
         }
     }
 }
 
 /// A part of the tiles, summed into sums of its own.
-struct GradientPart<'a> {
-    shape: Shape,
-    maps: Maps<'a>,
+struct GradientPart<'a, F> {
+    form: F,
+    maps: Pair<'a>,
     sums: Shared,
     start: usize,
     first_tile: usize,
     last_tile: usize,
 }
 
-/// Tiles whose transforms fit the second-level cache beside the sums of a part.
-const PART_CHUNK_TILES: usize = 32;
+/// Entries that fit the second-level cache beside the sums of a part.
+const PART_CHUNK_ENTRIES: usize = 32 * POINTS;
 
-impl Kernel for GradientPart<'_> {
+impl<F: GradientForm> Kernel for GradientPart<'_, F> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
-            shape,
+            form,
             maps,
             sums,
             start,
             first_tile,
             last_tile,
         } = self;
-        let (grid, sums_point) = (Grid::new(shape), sums_point(shape));
-        let mut tiles = GradientTiles::new(shape, PART_CHUNK_TILES);
+        let shape = form.grid().shape;
+        let (sums_point, capacity) = (sums_point(shape), PART_CHUNK_ENTRIES / form.entries());
+        let mut tiles = GradientTiles::new(form, capacity);
         // On the registers: with few channels packing would cost more than the matrix unit saves.
-        let view = tiles.view(PART_CHUNK_TILES);
+        let view = tiles.view(capacity);
         // SAFETY: the caller promises the instructions; the scratch is this task's, and so are the sums of its part.
         unsafe {
             if first_tile == last_tile {
@@ -288,12 +302,12 @@ impl Kernel for GradientPart<'_> {
                     *sums.at(start + offset) = 0.0;
                 }
             }
-            for first in (first_tile..last_tile).step_by(PART_CHUNK_TILES) {
-                let chunk = first..last_tile.min(first + PART_CHUNK_TILES);
-                transform_gradient_tiles::<L>(shape, maps, view, first, 0..chunk.len());
+            for first in (first_tile..last_tile).step_by(capacity) {
+                let chunk = first..last_tile.min(first + capacity);
+                to_entries::<L>(form, maps, view, first, 0..chunk.len());
                 for point in 0..POINTS {
-                    let (places, sums) = (grid.having(point, &chunk), sums.at(start + point * sums_point));
-                    add_point::<L>(view, places, point, all_blocks(shape), sums, first > first_tile);
+                    let sums = sums.at(start + point * sums_point);
+                    add_point::<L>(form, view, &chunk, point, all_blocks(shape), sums, first > first_tile);
                 }
             }
         }
@@ -303,27 +317,28 @@ impl Kernel for GradientPart<'_> {
 /// Pairs of an input and an output channel for which the matrix unit multiplies: with fewer, packing costs about what it
 /// saves.
 const MIN_UNIT_PAIRS: usize = 128 * 256;
-/// Tiles transformed before the points are summed, when all tiles share the sums.
-const SHARED_CHUNK_TILES: usize = 256;
+/// Entries made before the points are summed, when all tiles share the sums.
+const SHARED_CHUNK_ENTRIES: usize = 256 * POINTS;
 
 /// All tiles summed into one copy of the sums, points divided between tasks.
-fn sum_by_points(isa: Isa, shape: Shape, maps: Maps, sums: &mut [f32]) {
-    let capacity = SHARED_CHUNK_TILES.min(shape.tiles());
-    let mut tiles = GradientTiles::new(shape, capacity);
+fn sum_by_points<F: GradientForm>(isa: Isa, form: F, maps: Pair, sums: &mut [f32]) {
+    let (shape, all_tiles) = (form.grid().shape, form.grid().tiles());
+    let capacity = (SHARED_CHUNK_ENTRIES / form.entries()).min(all_tiles);
+    let mut tiles = GradientTiles::new(form, capacity);
     let view = TilesView {
         group_blocks: isa.group_blocks(),
         matrices: isa.matrices().filter(|_| shape.i * shape.o >= MIN_UNIT_PAIRS),
         ..tiles.view(capacity)
     };
     let sums = Shared::new(sums);
-    for first_tile in (0..shape.tiles()).step_by(capacity) {
-        let count = capacity.min(shape.tiles() - first_tile);
-        transform_tiles(isa, shape, maps, view, first_tile, count);
+    for first_tile in (0..all_tiles).step_by(capacity) {
+        let chunk = first_tile..all_tiles.min(first_tile + capacity);
+        all_to_entries(isa, form, maps, view, &chunk);
         parallel(POINTS, |point| {
             isa.run(AddPoint {
-                shape,
+                form,
                 view,
-                places: Grid::new(shape).having(point, &(first_tile..first_tile + count)),
+                tiles: &chunk,
                 point,
                 sums,
                 accumulate: first_tile > 0,
@@ -332,72 +347,72 @@ fn sum_by_points(isa: Isa, shape: Shape, maps: Maps, sums: &mut [f32]) {
     }
 }
 
-/// Transforms `count` tiles from `first_tile` on, on all threads.
-fn transform_tiles(isa: Isa, shape: Shape, maps: Maps, view: TilesView, first_tile: usize, count: usize) {
+/// Makes tiles into entries, on all threads.
+fn all_to_entries<F: GradientForm>(isa: Isa, form: F, maps: Pair, view: TilesView, tiles: &Range<usize>) {
     const TASK_TILES: usize = 8;
-    parallel(count.div_ceil(TASK_TILES), |task| {
-        let places = task * TASK_TILES..count.min((task + 1) * TASK_TILES);
-        isa.run(TransformTiles {
-            shape,
+    parallel(tiles.len().div_ceil(TASK_TILES), |task| {
+        isa.run(ToEntries {
+            form,
             maps,
             view,
-            first_tile,
-            places,
+            first_tile: tiles.start,
+            places: task * TASK_TILES..tiles.len().min((task + 1) * TASK_TILES),
         });
     });
 }
 
-struct TransformTiles<'a> {
-    shape: Shape,
-    maps: Maps<'a>,
+struct ToEntries<'a, F> {
+    form: F,
+    maps: Pair<'a>,
     view: TilesView,
     first_tile: usize,
     places: Range<usize>,
 }
 
-impl Kernel for TransformTiles<'_> {
+impl<F: GradientForm> Kernel for ToEntries<'_, F> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
-            shape,
+            form,
             maps,
             view,
             first_tile,
             places,
         } = self;
         // SAFETY: the caller promises the instructions; tasks have disjoint places.
-        unsafe { transform_gradient_tiles::<L>(shape, maps, view, first_tile, places) }
+        unsafe { to_entries::<L>(form, maps, view, first_tile, places) }
     }
 }
 
-struct AddPoint {
-    shape: Shape,
+struct AddPoint<'a, F> {
+    form: F,
     view: TilesView,
-    places: Range<usize>,
+    tiles: &'a Range<usize>,
     point: usize,
     sums: Shared,
     accumulate: bool,
 }
 
-impl Kernel for AddPoint {
+impl<F: Form> Kernel for AddPoint<'_, F> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
-            shape,
+            form,
             view,
-            places,
+            tiles,
             point,
             sums,
             accumulate,
         } = self;
+        let shape = form.grid().shape;
         // SAFETY: the caller promises the instructions; each task has a point of its own.
         unsafe {
             let sums = sums.at(point * sums_point(shape));
-            add_point::<L>(view, places, point, all_blocks(shape), sums, accumulate);
+            add_point::<L>(form, view, tiles, point, all_blocks(shape), sums, accumulate);
         }
     }
 }
@@ -406,7 +421,8 @@ impl Kernel for AddPoint {
 const GROUP: usize = 4;
 
 /// Adds up the parts of sixteen inputs and a group of outputs, in order, and transforms them to taps.
-struct GradientBlock<'a> {
+struct GradientBlock<'a, G> {
+    taps: PhantomData<G>,
     shape: Shape,
     /// All parts.
     sums: &'a [f32],
@@ -415,7 +431,7 @@ struct GradientBlock<'a> {
     in_block: usize,
 }
 
-impl Kernel for GradientBlock<'_> {
+impl<G: KernelMatrix> Kernel for GradientBlock<'_, G> {
     type Output = ();
 
     #[inline(always)]
@@ -426,6 +442,7 @@ impl Kernel for GradientBlock<'_> {
             dw,
             group,
             in_block,
+            ..
         } = self;
         let out_blocks = shape.o.div_ceil(BLOCK);
         let (columns, size) = (out_blocks * BLOCK, POINTS * sums_point(shape));
@@ -443,7 +460,7 @@ impl Kernel for GradientBlock<'_> {
             // SAFETY: the caller promises the instructions; `sums` holds whole parts; `dw` is a weight of
             // the shape, and this task alone writes the tiles of its blocks.
             unsafe {
-                points.taps::<L>(first, &mut tile);
+                points.taps::<L, G>(first, &mut tile);
                 tile.write::<L>(dw, block, in_block);
             }
         }
@@ -465,7 +482,7 @@ impl Points {
     /// # Safety
     /// Instructions of `L`; the sums lie as they say.
     #[inline(always)]
-    unsafe fn taps<L: Lanes>(self, first: *const f32, tile: &mut WeightTile) {
+    unsafe fn taps<L: Lanes, G: KernelMatrix>(self, first: *const f32, tile: &mut WeightTile) {
         for lane in 0..BLOCK {
             let first = first.wrapping_add(lane * self.columns);
             // SAFETY: the caller's promise.
@@ -479,10 +496,10 @@ impl Points {
                             *s = s.add(L::load(at.wrapping_add(part * self.size)));
                         }
                     }
-                    half.write_column(column, points_to_kernel(s));
+                    half.write_column(column, G::points_to_taps(s));
                 }
                 for row in 0..3 {
-                    let values = points_to_kernel(half.row::<L, EDGE>(row));
+                    let values = G::points_to_taps(half.row::<L, EDGE>(row));
                     for (column, value) in values.into_iter().enumerate() {
                         value.store(tile.outputs(lane, row * 3 + column).as_mut_ptr());
                     }
@@ -493,17 +510,17 @@ impl Points {
 }
 
 /// The taps of all channels, a square of them after another.
-fn sum_by_squares(isa: Isa, shape: Shape, maps: Maps, dw: &mut [f32]) {
-    let tiles = shape.tiles();
-    let mut transformed = GradientTiles::new(shape, tiles);
-    let view = transformed.view(tiles);
-    transform_tiles(isa, shape, maps, view, 0, tiles);
+fn sum_by_squares<F: GradientForm>(isa: Isa, form: F, maps: Pair, dw: &mut [f32]) {
+    let tiles = form.grid().tiles();
+    let mut entries = GradientTiles::new(form, tiles);
+    let view = entries.view(tiles);
+    all_to_entries(isa, form, maps, view, &(0..tiles));
     let dw = Shared::new(dw);
-    let [in_groups, out_groups] = groups(shape);
+    let [in_groups, out_groups] = groups(form.grid().shape);
     parallel(in_groups * out_groups, |task| {
         let groups = [task % in_groups, task / in_groups];
         isa.run(GradientSquare {
-            shape,
+            form,
             view,
             dw,
             groups,
@@ -512,27 +529,27 @@ fn sum_by_squares(isa: Isa, shape: Shape, maps: Maps, dw: &mut [f32]) {
 }
 
 /// The taps of a group of inputs and a group of outputs: their sums stay in a second-level cache.
-struct GradientSquare {
-    shape: Shape,
+struct GradientSquare<F> {
+    form: F,
     view: TilesView,
     dw: Shared,
     /// Which of the inputs and of the outputs.
     groups: [usize; 2],
 }
 
-impl Kernel for GradientSquare {
+impl<F: Form> Kernel for GradientSquare<F> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
-            shape,
+            form,
             view,
             dw,
             groups: [in_group, out_group],
         } = self;
-        let grid = Grid::new(shape);
-        let [all_inputs, all_outputs] = all_blocks(shape);
+        let grid = form.grid();
+        let [all_inputs, all_outputs] = all_blocks(grid.shape);
         let inputs = in_group * GROUP..all_inputs.end.min((in_group + 1) * GROUP);
         let outputs = out_group * GROUP..all_outputs.end.min((out_group + 1) * GROUP);
         let columns = outputs.len() * BLOCK;
@@ -544,24 +561,19 @@ impl Kernel for GradientSquare {
             parts: 1,
             size: 0,
         };
-        let mut tile = WeightTile::new(shape.weight());
+        let mut tile = WeightTile::new(grid.shape.weight());
         // SAFETY: the caller promises the instructions; the scratch is this task's, which alone writes its tiles of `dw`.
         unsafe {
             for at in 0..POINTS {
                 let sums = sums.as_mut_ptr().wrapping_add(at * point);
-                add_point::<L>(
-                    view,
-                    grid.having(at, &(0..grid.tiles())),
-                    at,
-                    [inputs.clone(), outputs.clone()],
-                    sums,
-                    false,
-                );
+                let blocks = [inputs.clone(), outputs.clone()];
+                add_point::<L>(form, view, &(0..grid.tiles()), at, blocks, sums, false);
             }
             for in_block in inputs.clone() {
                 for block in outputs.clone() {
                     let (row, column) = ((in_block - inputs.start) * BLOCK, (block - outputs.start) * BLOCK);
-                    points.taps::<L>(sums.as_ptr().wrapping_add(row * columns + column), &mut tile);
+                    let first = sums.as_ptr().wrapping_add(row * columns + column);
+                    points.taps::<L, F::Taps>(first, &mut tile);
                     tile.write::<L>(dw, block, in_block);
                 }
             }

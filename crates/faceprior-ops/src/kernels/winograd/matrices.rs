@@ -37,7 +37,10 @@ const AT_Q: f32 = 2.0 * Q2 * (Q2 - P2);
 
 /// What a kernel of three taps along an axis becomes.
 pub(super) trait KernelMatrix {
-    unsafe fn apply<L: Lanes>(g: [L; 3]) -> [L; EDGE];
+    /// G.
+    unsafe fn taps_to_points<L: Lanes>(g: [L; 3]) -> [L; EDGE];
+    /// Gᵀ.
+    unsafe fn points_to_taps<L: Lanes>(s: [L; EDGE]) -> [L; 3];
 }
 
 /// G: the kernel's polynomial at all points, over [`AT_0`], [`AT_P`] and [`AT_Q`].
@@ -45,7 +48,7 @@ pub(super) struct ThreeTaps;
 
 impl KernelMatrix for ThreeTaps {
     #[inline(always)]
-    unsafe fn apply<L: Lanes>(g: [L; 3]) -> [L; EDGE] {
+    unsafe fn taps_to_points<L: Lanes>(g: [L; 3]) -> [L; EDGE] {
         // SAFETY: the caller promises the instructions of `L`.
         unsafe {
             let [g0, g1, g2] = g;
@@ -62,22 +65,21 @@ impl KernelMatrix for ThreeTaps {
             ]
         }
     }
-}
 
-/// Gᵀ.
-#[inline(always)]
-pub(super) unsafe fn points_to_kernel<L: Lanes>(s: [L; EDGE]) -> [L; 3] {
-    // SAFETY: the caller promises the instructions of `L`.
-    unsafe {
-        let [s_inf, s0, s1, s2, s3, s4] = s;
-        let (even_p, odd_p) = (s1.add(s2), s1.sub(s2));
-        let (even_q, odd_q) = (s3.add(s4), s3.sub(s4));
-        let scaled_p = L::splat(1.0 / AT_P).mul(even_p);
-        [
-            L::splat(1.0 / AT_0).mul_add(s0, L::splat(1.0 / AT_Q).mul_add(even_q, scaled_p)),
-            L::splat(P / AT_P).mul_add(odd_p, L::splat(Q / AT_Q).mul(odd_q)),
-            L::splat(P2 / AT_P).mul_add(even_p, L::splat(Q2 / AT_Q).mul_add(even_q, s_inf)),
-        ]
+    #[inline(always)]
+    unsafe fn points_to_taps<L: Lanes>(s: [L; EDGE]) -> [L; 3] {
+        // SAFETY: the caller promises the instructions of `L`.
+        unsafe {
+            let [s_inf, s0, s1, s2, s3, s4] = s;
+            let (even_p, odd_p) = (s1.add(s2), s1.sub(s2));
+            let (even_q, odd_q) = (s3.add(s4), s3.sub(s4));
+            let scaled_p = L::splat(1.0 / AT_P).mul(even_p);
+            [
+                L::splat(1.0 / AT_0).mul_add(s0, L::splat(1.0 / AT_Q).mul_add(even_q, scaled_p)),
+                L::splat(P / AT_P).mul_add(odd_p, L::splat(Q / AT_Q).mul(odd_q)),
+                L::splat(P2 / AT_P).mul_add(even_p, L::splat(Q2 / AT_Q).mul_add(even_q, s_inf)),
+            ]
+        }
     }
 }
 
@@ -259,7 +261,7 @@ pub(super) struct MiddleAndOuterTaps;
 
 impl KernelMatrix for MiddleAndOuterTaps {
     #[inline(always)]
-    unsafe fn apply<L: Lanes>(g: [L; 3]) -> [L; EDGE] {
+    unsafe fn taps_to_points<L: Lanes>(g: [L; 3]) -> [L; EDGE] {
         // SAFETY: the caller promises the instructions of `L`.
         unsafe {
             let [g0, g1, g2] = g;
@@ -270,6 +272,22 @@ impl KernelMatrix for MiddleAndOuterTaps {
                 L::splat(1.0 / TWO_AT_P).mul(L::splat(P).mul_add(g2, g0)),
                 L::splat(1.0 / TWO_AT_MINUS_P).mul(L::splat(-P).mul_add(g2, g0)),
                 L::splat(1.0 / TWO_AT_Q).mul(L::splat(Q).mul_add(g2, g0)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn points_to_taps<L: Lanes>(s: [L; EDGE]) -> [L; 3] {
+        // SAFETY: the caller promises the instructions of `L`.
+        unsafe {
+            let [middle, s_inf, s0, s1, s2, s3] = s;
+            let p = L::splat(1.0 / TWO_AT_P).mul(s1);
+            let minus_p = L::splat(1.0 / TWO_AT_MINUS_P).mul(s2);
+            let q = L::splat(1.0 / TWO_AT_Q).mul(s3);
+            [
+                L::splat(1.0 / TWO_AT_0).mul_add(s0, p.add(minus_p).add(q)),
+                middle,
+                L::splat(P).mul_add(p.sub(minus_p), L::splat(Q).mul_add(q, s_inf)),
             ]
         }
     }
@@ -313,6 +331,28 @@ impl Matrices<4, 5> for FourOfTwo {
     }
 }
 
+impl GradientMatrices<4, 5> for FourOfTwo {
+    #[inline(always)]
+    unsafe fn output_to_points<L: Lanes>(y: [L; 4]) -> [L; 5] {
+        // SAFETY: the caller promises the instructions of `L`.
+        unsafe {
+            let [y0, y1, y2, y3] = y;
+            let (even, odd) = (
+                L::splat(P2).mul_add(y2, y0),
+                L::splat(P2 * P).mul_add(y3, L::splat(P).mul(y1)),
+            );
+            let q = L::splat(Q);
+            [
+                y3,
+                y0,
+                even.add(odd),
+                even.sub(odd),
+                q.mul_add(q.mul_add(q.mul_add(y3, y2), y1), y0),
+            ]
+        }
+    }
+}
+
 /// F(3, 2), without q.
 pub(super) struct ThreeOfTwo;
 
@@ -347,6 +387,18 @@ impl Matrices<3, 4> for ThreeOfTwo {
     }
 }
 
+impl GradientMatrices<3, 4> for ThreeOfTwo {
+    #[inline(always)]
+    unsafe fn output_to_points<L: Lanes>(y: [L; 3]) -> [L; 4] {
+        // SAFETY: the caller promises the instructions of `L`.
+        unsafe {
+            let [y0, y1, y2] = y;
+            let (even, odd) = (L::splat(P2).mul_add(y2, y0), L::splat(P).mul(y1));
+            [y2, y0, even.add(odd), even.sub(odd)]
+        }
+    }
+}
+
 /// F(2, 2), without −p and q.
 pub(super) struct TwoOfTwo;
 
@@ -371,6 +423,17 @@ impl Matrices<2, 3> for TwoOfTwo {
         unsafe {
             let [m_inf, m0, m1] = m;
             [m0.add(m1), L::splat(P).mul_add(m1, m_inf)]
+        }
+    }
+}
+
+impl GradientMatrices<2, 3> for TwoOfTwo {
+    #[inline(always)]
+    unsafe fn output_to_points<L: Lanes>(y: [L; 2]) -> [L; 3] {
+        // SAFETY: the caller promises the instructions of `L`.
+        unsafe {
+            let [y0, y1] = y;
+            [y1, y0, L::splat(P).mul_add(y1, y0)]
         }
     }
 }

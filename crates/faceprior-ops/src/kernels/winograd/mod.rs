@@ -14,6 +14,7 @@
 //! one of 7×7 11² instead of 12².
 
 mod convolve;
+mod form;
 mod gradient;
 mod grid;
 mod matrices;
@@ -65,11 +66,6 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
-    /// Tiles of the whole batch.
-    pub(crate) fn tiles(self) -> usize {
-        self.tiles_of(TILE)
-    }
-
     /// Tiles of the whole batch with `side`×`side` outputs.
     pub(crate) fn tiles_of(self, side: usize) -> usize {
         self.n * self.h.div_ceil(side) * self.w.div_ceil(side)

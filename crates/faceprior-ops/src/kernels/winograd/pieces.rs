@@ -4,20 +4,17 @@
 //! Each piece of it, a few channels by a few, is made where it is multiplied and does not leave the second-level cache.
 
 use super::super::lanes::{Isa, Kernel, Lanes};
-use super::super::load::Load;
 use super::super::panel::Panel;
 use super::super::tile::{Row, multiply_panel};
 use super::super::weights::WeightTile;
 use super::super::{Shared, parallel};
 use super::convolve::Taps;
-use super::grid::Grid;
-use super::matrices::ThreeTaps;
-use super::tiles::{TransformInput, TransformOutput};
-use super::{BLOCK, EDGE, POINTS, Shape};
+use super::form::{Form, Maps};
+use super::{BLOCK, EDGE, POINTS};
 use crate::pool::Buffer;
 
-/// Tiles up to which this form is the faster one: a task's sums of so many take 1.2 MiB.
-const MAX_TILES: usize = 256;
+/// Entries of all tiles up to which this way is the faster one: a task's sums of so many take 1.2 MiB.
+const MAX_ENTRIES: usize = 256 * POINTS;
 /// Pairs of an input and an output channel whose transformed weight would leave a second-level cache by far.
 const MIN_PAIRS: usize = 256 * 256;
 
@@ -26,29 +23,28 @@ const GROUP: usize = 2;
 const PIECE: usize = 4;
 
 /// Whether a convolution with a weight of its own should be computed here.
-pub(super) fn suits(shape: Shape) -> bool {
-    shape.tiles() <= MAX_TILES && shape.i * shape.o >= MIN_PAIRS
+pub(super) fn suits(form: impl Form) -> bool {
+    let grid = form.grid();
+    grid.tiles() * form.entries() <= MAX_ENTRIES && grid.shape.i * grid.shape.o >= MIN_PAIRS
 }
 
-/// The convolution of `x` with the taps of a weight into `y`.
-pub(super) fn convolve(isa: Isa, shape: Shape, taps: Taps, x: &[f32], load: Option<Load>, y: &mut [f32]) {
+/// The convolution that `form` is of, with the taps of a weight.
+pub(super) fn convolve<F: Form>(isa: Isa, form: F, taps: Taps, maps: Maps, y: &mut [f32]) {
+    let (shape, tiles, [from, to]) = (form.grid().shape, form.grid().tiles(), form.planes());
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
-    assert_eq!(x.len(), shape.n * in_blocks * shape.plane());
-    assert_eq!(y.len(), shape.n * out_blocks * shape.plane());
+    assert_eq!(maps.x.len(), shape.n * in_blocks * from);
+    assert_eq!(y.len(), shape.n * out_blocks * to);
     assert_eq!(taps.weight.len(), shape.i * shape.o * 9);
-    // `[point][piece][tile][channel]`, a cache line more for each point, lest the streams of a transform meet in one set.
-    let grid = Grid::new(shape);
-    let tiles = grid.tiles();
-    let point = in_blocks * tiles * BLOCK + BLOCK;
-    let mut inputs = Buffer::take(POINTS * point);
+    // `[entry][piece][tile][channel]`, a cache line more for each entry, lest the streams of a transform meet in one set.
+    let entry = in_blocks * tiles * BLOCK + BLOCK;
+    let mut inputs = Buffer::take(form.entries() * entry);
     let to = Shared::new(&mut inputs);
     parallel(tiles, |tile| {
         isa.run(Inputs {
-            grid,
-            x,
-            load,
+            form,
+            maps,
             tile,
-            point,
+            entry,
             to,
         })
     });
@@ -56,9 +52,9 @@ pub(super) fn convolve(isa: Isa, shape: Shape, taps: Taps, x: &[f32], load: Opti
     let group = GROUP.min(out_blocks.div_ceil(rayon::current_num_threads()));
     parallel(out_blocks.div_ceil(group), |task| {
         isa.run(Outputs {
-            grid,
+            form,
             inputs,
-            point,
+            entry,
             taps,
             y,
             blocks: task * group..out_blocks.min((task + 1) * group),
@@ -72,80 +68,70 @@ fn piece_of(block: usize, in_blocks: usize) -> (usize, usize) {
     (first, PIECE.min(in_blocks - first))
 }
 
-/// The points of a tile of all input channels.
-struct Inputs<'a> {
-    grid: Grid,
-    x: &'a [f32],
-    load: Option<Load<'a>>,
+/// The entries of a tile of all input channels.
+struct Inputs<'a, F> {
+    form: F,
+    maps: Maps<'a>,
     tile: usize,
-    point: usize,
+    entry: usize,
     to: Shared,
 }
 
-impl Kernel for Inputs<'_> {
+impl<F: Form> Kernel for Inputs<'_, F> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
-            grid,
-            x,
-            load,
+            form,
+            maps,
             tile,
-            point,
+            entry,
             to,
         } = self;
-        let (in_blocks, tiles) = (grid.shape.i.div_ceil(BLOCK), grid.tiles());
-        let place = grid.place(tile);
+        let grid = form.grid();
+        let (in_blocks, tiles, place) = (grid.shape.i.div_ceil(BLOCK), grid.tiles(), grid.place(tile));
         for block in 0..in_blocks {
             let (first, blocks) = piece_of(block, in_blocks);
             let to = to.at((first * tiles + tile * blocks + block - first) * BLOCK);
+            let plane = place.picture * in_blocks + block;
             // SAFETY: the caller promises the instructions; each task has a tile of its own.
-            unsafe {
-                L::call(TransformInput {
-                    x,
-                    load,
-                    plane: place.picture * in_blocks + block,
-                    grid,
-                    place,
-                    to,
-                    point,
-                });
-            }
+            unsafe { form.to_entries::<L>(maps, plane, place, to, entry) };
         }
     }
 }
 
 /// Some blocks of output channels of all tiles.
-struct Outputs<'a> {
-    grid: Grid,
+struct Outputs<'a, F> {
+    form: F,
     inputs: &'a [f32],
-    point: usize,
+    entry: usize,
     taps: Taps<'a>,
     y: Shared,
     blocks: std::ops::Range<usize>,
 }
 
-impl Kernel for Outputs<'_> {
+impl<F: Form> Kernel for Outputs<'_, F> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
-            grid,
+            form,
             inputs,
-            point,
+            entry,
             taps,
             y,
             blocks,
         } = self;
+        let grid = form.grid();
         let [in_blocks, out_blocks] = [grid.shape.i, grid.shape.o].map(|channels| channels.div_ceil(BLOCK));
         let tiles = grid.tiles();
         let width = blocks.len() * BLOCK;
         let weight_point = PIECE * BLOCK * width + BLOCK;
-        let sums_point = tiles * width + BLOCK;
+        let sums_entry = tiles * width + BLOCK;
         let mut weight = Buffer::take(POINTS * weight_point);
-        let mut sums = Buffer::take(POINTS * sums_point);
+        let mut sums = Buffer::take(form.entries() * sums_entry);
         let (weight, sums) = (weight.as_mut_ptr(), sums.as_mut_ptr());
         let mut tile = WeightTile::new(taps.shape);
         // SAFETY: the caller promises the instructions. Scratch is sized above; this task alone writes the outputs of its
@@ -164,44 +150,37 @@ impl Kernel for Outputs<'_> {
                         let to = weight.wrapping_add(panel.start(block - blocks.start) + row * BLOCK * BLOCK);
                         for lane in 0..BLOCK {
                             let to = to.wrapping_add(lane * BLOCK);
-                            taps.transform::<L, ThreeTaps>(&mut tile, lane, EDGE, to, weight_point);
+                            taps.transform::<L, F::Taps>(&mut tile, lane, EDGE, to, weight_point);
                         }
                     }
                 }
                 let rows = Row::spaced(tiles, panel.length, width);
                 let runs = panel.runs([first * tiles * BLOCK]);
                 for at in 0..POINTS {
-                    let a = inputs.as_ptr().wrapping_add(at * point);
-                    let (b, c) = (
-                        weight.wrapping_add(at * weight_point),
-                        sums.wrapping_add(at * sums_point),
-                    );
-                    multiply_panel::<L>(
-                        &rows[grid.having(at, &(0..tiles))],
-                        &runs,
-                        a,
-                        panel,
-                        b,
-                        0,
-                        blocks.len(),
-                        c,
-                        BLOCK,
-                        false,
-                        first > 0,
-                    );
+                    let weight = weight.wrapping_add(at * weight_point);
+                    for (at, having) in form.meeting(at, &(0..tiles)) {
+                        multiply_panel::<L>(
+                            &rows[having],
+                            &runs,
+                            inputs.as_ptr().wrapping_add(at * entry),
+                            panel,
+                            weight,
+                            0,
+                            blocks.len(),
+                            sums.wrapping_add(at * sums_entry),
+                            BLOCK,
+                            false,
+                            first > 0,
+                        );
+                    }
                 }
             }
             for tile in 0..tiles {
                 let place = grid.place(tile);
                 for block in blocks.clone() {
-                    L::call(TransformOutput {
-                        from: sums.wrapping_add(tile * width + (block - blocks.start) * BLOCK),
-                        point: sums_point,
-                        y,
-                        plane: place.picture * out_blocks + block,
-                        grid,
-                        place,
-                    });
+                    let plane = place.picture * out_blocks + block;
+                    let from = sums.wrapping_add(tile * width + (block - blocks.start) * BLOCK);
+                    form.from_entries::<L>(from, sums_entry, y, plane, place);
                 }
             }
             y.written::<L>();

@@ -1,11 +1,116 @@
 //! Tiles of a picture to points and back: the matrices along both axes, borders included.
 
+use std::ops::Range;
+
 use super::super::Shared;
 use super::super::lanes::{Kernel, Lanes};
 use super::super::load::{Load, Read, with_read};
+use super::form::{Form, GradientForm, Maps};
 use super::grid::{Grid, Place};
-use super::matrices::{Four, GradientMatrices, Half, Matrices, Three, Two, with_matrices};
+use super::matrices::{Four, GradientMatrices, Half, Matrices, Three, ThreeTaps, Two, with_matrices};
 use super::{BLOCK, Shape};
+
+/// Winograd's form of a convolution with stride 1: an entry of a tile is its value at a point.
+#[derive(Clone, Copy)]
+pub(super) struct StrideOne {
+    pub(super) grid: Grid,
+}
+
+impl Form for StrideOne {
+    type Taps = ThreeTaps;
+
+    fn grid(self) -> Grid {
+        self.grid
+    }
+
+    fn planes(self) -> [usize; 2] {
+        [self.grid.shape.plane(); 2]
+    }
+
+    fn side(self) -> usize {
+        self.grid.edge()
+    }
+
+    fn along_axis(self, point: usize) -> Range<usize> {
+        point..point + 1
+    }
+
+    fn shared_with(self, entry: usize) -> usize {
+        entry
+    }
+
+    #[inline(always)]
+    unsafe fn to_entries<L: Lanes>(
+        self,
+        Maps { x, load }: Maps,
+        plane: usize,
+        place: Place,
+        to: *mut f32,
+        point: usize,
+    ) {
+        let grid = self.grid;
+        // SAFETY: the caller's promise.
+        unsafe {
+            L::call(TransformInput {
+                x,
+                load,
+                plane,
+                grid,
+                place,
+                to,
+                point,
+            });
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn from_entries<L: Lanes>(
+        self,
+        from: *const f32,
+        point: usize,
+        y: Shared,
+        plane: usize,
+        place: Place,
+    ) {
+        let grid = self.grid;
+        // SAFETY: the caller's promise.
+        unsafe {
+            L::call(TransformOutput {
+                from,
+                point,
+                y,
+                plane,
+                grid,
+                place,
+            });
+        }
+    }
+}
+
+impl GradientForm for StrideOne {
+    #[inline(always)]
+    unsafe fn gradient_to_entries<L: Lanes>(
+        self,
+        dy: &[f32],
+        plane: usize,
+        place: Place,
+        to: *mut f32,
+        point: usize,
+    ) {
+        let grid = self.grid;
+        // SAFETY: the caller's promise.
+        unsafe {
+            L::call(TransformOutputGradient {
+                dy,
+                plane,
+                grid,
+                place,
+                to,
+                point,
+            });
+        }
+    }
+}
 
 /// `Bᵀ d B` of a tile of a plane of `x`, one value per point.
 pub(super) struct TransformInput<'a> {
@@ -165,14 +270,14 @@ unsafe fn output_rows<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usiz
 }
 
 /// `A ẏ Aᵀ` of a tile of a plane of output gradients, zero outside the picture.
-pub(super) struct TransformOutputGradient<'a> {
-    pub(super) dy: &'a [f32],
-    pub(super) plane: usize,
-    pub(super) grid: Grid,
-    pub(super) place: Place,
+struct TransformOutputGradient<'a> {
+    dy: &'a [f32],
+    plane: usize,
+    grid: Grid,
+    place: Place,
     /// Room for the points at distances of `point`.
-    pub(super) to: *mut f32,
-    pub(super) point: usize,
+    to: *mut f32,
+    point: usize,
 }
 
 impl Kernel for TransformOutputGradient<'_> {
