@@ -321,7 +321,7 @@ impl<F: Form> Kernel for Chunk<'_, F> {
                 for block in 0..in_blocks {
                     let plane = place.picture * in_blocks + block;
                     let to = v.wrapping_add(at * inputs + block * BLOCK);
-                    form.to_entries::<L>(maps, plane, *place, to, v_entry);
+                    form.read_tile::<L>(maps, plane, *place, to, v_entry);
                 }
             }
             for first in all_blocks.clone().step_by(L::TILE_BLOCKS) {
@@ -340,7 +340,7 @@ impl<F: Form> Kernel for Chunk<'_, F> {
                     for block in 0..blocks {
                         let plane = place.picture * out_blocks + first + block;
                         let from = m.wrapping_add(at * width + block * BLOCK);
-                        form.from_entries::<L>(from, m_entry, y, plane, *place);
+                        form.write_tile::<L>(from, m_entry, y, plane, *place);
                     }
                 }
             }

@@ -36,21 +36,14 @@ pub(super) trait Form: Copy + Send + Sync {
     ///
     /// # Safety
     /// The processor has the instructions of `L`; plane and place are of the maps; `to` has room for the entries.
-    unsafe fn to_entries<L: Lanes>(
-        self,
-        maps: Maps,
-        plane: usize,
-        place: Place,
-        to: *mut f32,
-        entry: usize,
-    );
+    unsafe fn read_tile<L: Lanes>(self, maps: Maps, plane: usize, place: Place, to: *mut f32, entry: usize);
 
     /// The tile of a plane from the products of its entries, written where it lies inside the picture. The task ends
     /// with [`Shared::written`].
     ///
     /// # Safety
     /// The processor has the instructions of `L`; plane and place are of `y`, and the task's own.
-    unsafe fn from_entries<L: Lanes>(
+    unsafe fn write_tile<L: Lanes>(
         self,
         from: *const f32,
         entry: usize,
@@ -83,8 +76,8 @@ pub(super) trait GradientForm: Form {
     /// The entries of a tile of a plane of output gradients, zero outside the picture.
     ///
     /// # Safety
-    /// As for [`Form::to_entries`].
-    unsafe fn gradient_to_entries<L: Lanes>(
+    /// As for [`Form::read_tile`].
+    unsafe fn read_gradient_tile<L: Lanes>(
         self,
         dy: &[f32],
         plane: usize,

@@ -27,7 +27,15 @@ pub(crate) fn weight_gradient(
     let form = StrideOne {
         grid: Grid::new(shape),
     };
-    sum(isa, form, Pair { x: Maps { x, load }, dy }, dw);
+    sum(
+        isa,
+        form,
+        Pair {
+            x: Maps { x, load },
+            dy,
+        },
+        dw,
+    );
 }
 
 /// The gradient of the weight of the convolution that `form` is of.
@@ -195,11 +203,11 @@ unsafe fn to_entries<L: Lanes>(
         unsafe {
             for block in 0..in_blocks {
                 let plane = place.picture * in_blocks + block;
-                form.to_entries::<L>(maps.x, plane, place, view.inputs.at(to(block)), view.input_entry);
+                form.read_tile::<L>(maps.x, plane, place, view.inputs.at(to(block)), view.input_entry);
             }
             for block in 0..out_blocks {
                 let (plane, to) = (place.picture * out_blocks + block, view.outputs.at(to(block)));
-                form.gradient_to_entries::<L>(maps.dy, plane, place, to, view.output_entry);
+                form.read_gradient_tile::<L>(maps.dy, plane, place, to, view.output_entry);
             }
         }
     }
@@ -250,7 +258,10 @@ unsafe fn add_point<L: Lanes>(
                 .iter()
                 .map(|(entry, having)| {
                     let place = having.start * BLOCK;
-                    (entry * view.input_entry + place, entry * view.output_entry + place)
+                    (
+                        entry * view.input_entry + place,
+                        entry * view.output_entry + place,
+                    )
                 })
                 .collect();
             let runs = Runs {
@@ -307,7 +318,15 @@ impl<F: GradientForm> Kernel for GradientPart<'_, F> {
                 to_entries::<L>(form, maps, view, first, 0..chunk.len());
                 for point in 0..POINTS {
                     let sums = sums.at(start + point * sums_point);
-                    add_point::<L>(form, view, &chunk, point, all_blocks(shape), sums, first > first_tile);
+                    add_point::<L>(
+                        form,
+                        view,
+                        &chunk,
+                        point,
+                        all_blocks(shape),
+                        sums,
+                        first > first_tile,
+                    );
                 }
             }
         }

@@ -96,7 +96,7 @@ impl<F: Form> Kernel for Inputs<'_, F> {
             let to = to.at((first * tiles + tile * blocks + block - first) * BLOCK);
             let plane = place.picture * in_blocks + block;
             // SAFETY: the caller promises the instructions; each task has a tile of its own.
-            unsafe { form.to_entries::<L>(maps, plane, place, to, entry) };
+            unsafe { form.read_tile::<L>(maps, plane, place, to, entry) };
         }
     }
 }
@@ -180,7 +180,7 @@ impl<F: Form> Kernel for Outputs<'_, F> {
                 for block in blocks.clone() {
                     let plane = place.picture * out_blocks + block;
                     let from = sums.wrapping_add(tile * width + (block - blocks.start) * BLOCK);
-                    form.from_entries::<L>(from, sums_entry, y, plane, place);
+                    form.write_tile::<L>(from, sums_entry, y, plane, place);
                 }
             }
             y.written::<L>();

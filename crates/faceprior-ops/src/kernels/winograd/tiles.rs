@@ -40,7 +40,7 @@ impl Form for StrideOne {
     }
 
     #[inline(always)]
-    unsafe fn to_entries<L: Lanes>(
+    unsafe fn read_tile<L: Lanes>(
         self,
         Maps { x, load }: Maps,
         plane: usize,
@@ -64,7 +64,7 @@ impl Form for StrideOne {
     }
 
     #[inline(always)]
-    unsafe fn from_entries<L: Lanes>(
+    unsafe fn write_tile<L: Lanes>(
         self,
         from: *const f32,
         point: usize,
@@ -89,7 +89,7 @@ impl Form for StrideOne {
 
 impl GradientForm for StrideOne {
     #[inline(always)]
-    unsafe fn gradient_to_entries<L: Lanes>(
+    unsafe fn read_gradient_tile<L: Lanes>(
         self,
         dy: &[f32],
         plane: usize,
