@@ -39,7 +39,7 @@ pub(crate) fn forward(
     y: &mut [f32],
 ) {
     match tile {
-        Tile::Four if unit::suits(isa, shape) => unit::convolve(isa, shape, prepared, x, load, y),
+        Tile::Four if unit::suits(isa, shape) => unit::convolve(isa, shape, prepared, Maps { x, load }, y),
         _ => {
             let form = StrideOne {
                 grid: tile.grid(shape),
@@ -63,7 +63,7 @@ pub(crate) fn forward_once(
         shape: shape.weight(),
         columns: Columns::Outputs,
     };
-    convolve_once(isa, shape, taps, x, load, y);
+    convolve_once(isa, shape, taps, Maps { x, load }, y);
 }
 
 /// The gradient of the input, `dx`, from the gradient of the output, `dy`: a convolution with the flipped kernel.
@@ -78,18 +78,18 @@ pub(crate) fn data_gradient(isa: Isa, shape: Shape, dy: &[f32], weight: &[f32], 
         o: shape.i,
         ..shape
     };
-    convolve_once(isa, flipped, taps, dy, None, dx);
+    convolve_once(isa, flipped, taps, Maps { x: dy, load: None }, dx);
 }
 
-fn convolve_once(isa: Isa, shape: Shape, taps: Taps, x: &[f32], load: Option<Load>, y: &mut [f32]) {
+fn convolve_once(isa: Isa, shape: Shape, taps: Taps, maps: Maps, y: &mut [f32]) {
     if unit::suits(isa, shape) {
-        unit::convolve(isa, shape, &unit::prepare(isa, taps), x, load, y);
+        unit::convolve(isa, shape, &unit::prepare(isa, taps), maps, y);
         return;
     }
     let form = StrideOne {
         grid: Tile::Four.grid(shape),
     };
-    convolve_taps(isa, form, taps, Maps { x, load }, y);
+    convolve_taps(isa, form, taps, maps, y);
 }
 
 /// The convolution that `form` is of, with the taps of a weight.

@@ -23,6 +23,7 @@ use super::grid::{Grid, Place};
 use super::matrices::{
     FourOfTwo, GradientMatrices, Half, Matrices, MiddleAndOuterTaps, ThreeOfTwo, TwoOfTwo,
 };
+use super::tiles::gradient_column;
 use super::{BLOCK, Shape, TILE};
 
 /// Entries of a tile along an axis: up to four even ones, from [`TILE`] on up to five odd ones.
@@ -486,23 +487,10 @@ unsafe fn gradient_columns_to_entries<L: Lanes, M: GradientMatrices<T, E>, const
     task: &GradientToEntries,
     half: &mut Half<ENTRIES>,
 ) {
-    let ([h, w], [top, left], columns) = (task.size, task.place.first, task.place.outputs[1]);
-    let plane = task.dy.as_ptr().wrapping_add(task.plane * h * w * BLOCK);
-    for column in 0..columns {
-        // SAFETY: the caller's promise; addresses outside the picture are replaced.
+    for column in 0..task.place.outputs[1] {
+        // SAFETY: the caller's promise.
         unsafe {
-            let mut dy = [L::zero(); T];
-            for (row, dy) in dy.iter_mut().enumerate() {
-                let (y, x) = (top + row, left + column);
-                if y < h && x < w {
-                    let from = plane.wrapping_add((y * w + x) * BLOCK);
-                    *dy = L::load(from);
-                    // The next tile of the row.
-                    if left + columns < w {
-                        L::prefetch(from.wrapping_add(columns * BLOCK));
-                    }
-                }
-            }
+            let dy = gradient_column::<L, T>(task.dy, task.size, task.plane, task.place, column);
             for (row, value) in dy.into_iter().enumerate() {
                 value.store(half.at(row, column));
             }

@@ -113,15 +113,15 @@ impl GradientForm for StrideOne {
 }
 
 /// `Bᵀ d B` of a tile of a plane of `x`, one value per point.
-pub(super) struct TransformInput<'a> {
-    pub(super) x: &'a [f32],
-    pub(super) load: Option<Load<'a>>,
-    pub(super) plane: usize,
-    pub(super) grid: Grid,
-    pub(super) place: Place,
+struct TransformInput<'a> {
+    x: &'a [f32],
+    load: Option<Load<'a>>,
+    plane: usize,
+    grid: Grid,
+    place: Place,
     /// Room for the points at distances of `point`.
-    pub(super) to: *mut f32,
-    pub(super) point: usize,
+    to: *mut f32,
+    point: usize,
 }
 
 impl Kernel for TransformInput<'_> {
@@ -202,14 +202,14 @@ unsafe fn input_rows<L: Lanes, M: Matrices<T, E>, const T: usize, const E: usize
 }
 
 /// `Aᵀ m A` of a tile of a plane of `y`, written where it lies inside the picture. The task ends with [`Shared::written`].
-pub(super) struct TransformOutput {
+struct TransformOutput {
     /// The points, at distances of `point`.
-    pub(super) from: *const f32,
-    pub(super) point: usize,
-    pub(super) y: Shared,
-    pub(super) plane: usize,
-    pub(super) grid: Grid,
-    pub(super) place: Place,
+    from: *const f32,
+    point: usize,
+    y: Shared,
+    plane: usize,
+    grid: Grid,
+    place: Place,
 }
 
 impl Kernel for TransformOutput {
@@ -295,6 +295,38 @@ impl Kernel for TransformOutputGradient<'_> {
     }
 }
 
+/// A column of a tile of a plane of output gradients, `h`×`w` pixels, zero outside the picture.
+///
+/// # Safety
+/// The processor has the instructions of `L`; plane, place and column are of the map.
+#[inline(always)]
+pub(super) unsafe fn gradient_column<L: Lanes, const T: usize>(
+    dy: &[f32],
+    [h, w]: [usize; 2],
+    plane: usize,
+    place: Place,
+    column: usize,
+) -> [L; T] {
+    let ([top, left], columns) = (place.first, place.outputs[1]);
+    let plane = dy.as_ptr().wrapping_add(plane * h * w * BLOCK);
+    // SAFETY: the caller's promise; addresses outside the picture are replaced.
+    unsafe {
+        let mut values = [L::zero(); T];
+        for (row, value) in values.iter_mut().enumerate() {
+            let (y, x) = (top + row, left + column);
+            if y < h && x < w {
+                let from = plane.wrapping_add((y * w + x) * BLOCK);
+                *value = L::load(from);
+                // The next tile of the row.
+                if left + columns < w {
+                    L::prefetch(from.wrapping_add(columns * BLOCK));
+                }
+            }
+        }
+        values
+    }
+}
+
 /// # Safety
 /// As for [`TransformOutputGradient`], whose rows the matrices are for.
 #[inline(always)]
@@ -303,26 +335,10 @@ unsafe fn output_gradient_columns<L: Lanes, M: GradientMatrices<T, E>, const T: 
     half: &mut Half,
 ) {
     let Shape { h, w, .. } = task.grid.shape;
-    let ([top, left], columns) = (task.place.first, task.place.outputs[1]);
-    let plane = task
-        .dy
-        .as_ptr()
-        .wrapping_add(task.plane * task.grid.shape.plane());
-    for column in 0..columns {
-        // SAFETY: the caller's promise; addresses outside the picture are replaced.
+    for column in 0..task.place.outputs[1] {
+        // SAFETY: the caller's promise.
         unsafe {
-            let mut dy = [L::zero(); T];
-            for (row, dy) in dy.iter_mut().enumerate() {
-                let (y, x) = (top + row, left + column);
-                if y < h && x < w {
-                    let from = plane.wrapping_add((y * w + x) * BLOCK);
-                    *dy = L::load(from);
-                    // The next tile of the row.
-                    if left + columns < w {
-                        L::prefetch(from.wrapping_add(columns * BLOCK));
-                    }
-                }
-            }
+            let dy = gradient_column::<L, T>(task.dy, [h, w], task.plane, task.place, column);
             half.write_column(column, M::output_to_points(dy));
         }
     }

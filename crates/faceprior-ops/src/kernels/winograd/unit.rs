@@ -6,13 +6,13 @@
 use std::ops::Range;
 
 use super::super::lanes::{Isa, Kernel, Lanes, Parts};
-use super::super::load::Load;
 use super::super::weights::WeightTile;
 use super::super::{Shared, amx, parallel};
 use super::convolve::Taps;
+use super::form::{Form, Maps};
 use super::grid::Grid;
 use super::matrices::ThreeTaps;
-use super::tiles::{TransformInput, TransformOutput};
+use super::tiles::StrideOne;
 use super::{BLOCK, EDGE, POINTS, Shape, TILE};
 use crate::pool::Buffer;
 
@@ -95,13 +95,16 @@ impl Kernel for WeightSquares<'_> {
 }
 
 /// The convolution of `x` with a prepared weight into `y`.
-pub(super) fn convolve(isa: Isa, shape: Shape, weight: &[f32], x: &[f32], load: Option<Load>, y: &mut [f32]) {
+pub(super) fn convolve(isa: Isa, shape: Shape, weight: &[f32], maps: Maps, y: &mut [f32]) {
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
-    assert_eq!(x.len(), shape.n * in_blocks * shape.plane());
+    assert_eq!(maps.x.len(), shape.n * in_blocks * shape.plane());
     assert_eq!(y.len(), shape.n * out_blocks * shape.plane());
     // A row of the unit's is a tile at every point, so that smaller tiles at borders would save nothing.
-    let grid = Grid::of_equal(shape, TILE);
-    let (chunks, pairs) = (grid.tiles().div_ceil(SQUARE), out_blocks.div_ceil(2));
+    let form = StrideOne {
+        grid: Grid::of_equal(shape, TILE),
+    };
+    let (tiles, pairs) = (form.grid.tiles(), out_blocks.div_ceil(2));
+    let chunks = tiles.div_ceil(SQUARE);
     // Too few chunks for all threads: tasks share a chunk, each for some of the output channels.
     let splits = (rayon::current_num_threads() / chunks).clamp(1, pairs);
     let split_pairs = pairs.div_ceil(splits);
@@ -109,12 +112,11 @@ pub(super) fn convolve(isa: Isa, shape: Shape, weight: &[f32], x: &[f32], load: 
     parallel(chunks * splits, |task| {
         let (chunk, first) = (task / splits, task % splits * split_pairs);
         isa.run(Chunk {
-            grid,
-            x,
-            load,
+            form,
+            maps,
             weight,
             y,
-            tiles: chunk * SQUARE..grid.tiles().min((chunk + 1) * SQUARE),
+            tiles: chunk * SQUARE..tiles.min((chunk + 1) * SQUARE),
             pairs: first.min(pairs)..pairs.min(first + split_pairs),
         });
     });
@@ -123,9 +125,8 @@ pub(super) fn convolve(isa: Isa, shape: Shape, weight: &[f32], x: &[f32], load: 
 /// A square of tiles and some pairs of output blocks of a convolution: transform, products for each point, transform
 /// back. The weight streams past, in the order in which it lies in memory.
 struct Chunk<'a> {
-    grid: Grid,
-    x: &'a [f32],
-    load: Option<Load<'a>>,
+    form: StrideOne,
+    maps: Maps<'a>,
     weight: &'a [f32],
     y: Shared,
     tiles: Range<usize>,
@@ -138,14 +139,14 @@ impl Kernel for Chunk<'_> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
-            grid,
-            x,
-            load,
+            form,
+            maps,
             weight,
             y,
             tiles,
             pairs,
         } = self;
+        let grid = form.grid;
         let [in_blocks, out_blocks] = [grid.shape.i, grid.shape.o].map(|channels| channels.div_ceil(BLOCK));
         let (steps, all_pairs) = (in_blocks.div_ceil(2), out_blocks.div_ceil(2));
         // A cache line more per point, lest the streams of a transform meet in one cache set.
@@ -158,17 +159,10 @@ impl Kernel for Chunk<'_> {
             let place = grid.place(tile);
             for step in 0..steps {
                 for block in 2 * step..in_blocks.min(2 * step + 2) {
-                    let task = TransformInput {
-                        x,
-                        load,
-                        plane: place.picture * in_blocks + block,
-                        grid,
-                        place,
-                        to: values.as_mut_ptr().wrapping_add(block % 2 * BLOCK),
-                        point: SQUARE,
-                    };
+                    let plane = place.picture * in_blocks + block;
+                    let to = values.as_mut_ptr().wrapping_add(block % 2 * BLOCK);
                     // SAFETY: the caller promises the instructions; the place is one of `x`.
-                    unsafe { L::call(task) };
+                    unsafe { form.read_tile::<L>(maps, plane, place, to, SQUARE) };
                 }
                 if in_blocks < 2 * step + 2 {
                     for values in values.chunks_exact_mut(SQUARE) {
@@ -195,16 +189,9 @@ impl Kernel for Chunk<'_> {
             let place = grid.place(tile);
             for block in 2 * pairs.start..out_blocks.min(2 * pairs.end) {
                 let at = ((block / 2 - pairs.start) * SQUARE + row) * SQUARE + block % 2 * BLOCK;
-                let task = TransformOutput {
-                    from: sums.as_ptr().wrapping_add(at),
-                    point: sums_point,
-                    y,
-                    plane: place.picture * out_blocks + block,
-                    grid,
-                    place,
-                };
+                let (from, plane) = (sums.as_ptr().wrapping_add(at), place.picture * out_blocks + block);
                 // SAFETY: the caller promises the instructions; this task alone writes these outputs.
-                unsafe { L::call(task) };
+                unsafe { form.write_tile::<L>(from, sums_point, y, plane, place) };
             }
         }
         // SAFETY: the caller promises the instructions.
