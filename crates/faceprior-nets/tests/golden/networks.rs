@@ -7,7 +7,9 @@ use faceprior_nets::init::Init;
 use faceprior_nets::irse::{Depth, RecognizerConfig, beside_average};
 use faceprior_nets::layers::Mode;
 
-use super::{assert_close, assert_gradient_norms, compare_gradient_norms, names, on_the_goldens_side, read};
+use super::{
+    assert_close, assert_gradient_norms, compare, compare_gradient_norms, names, on_the_goldens_side, read,
+};
 
 /// Relative errors that are allowed.
 #[derive(Clone, Copy)]
@@ -86,18 +88,13 @@ pub(crate) fn recognizer_34_in_training(device: &Device, tolerance: Tolerance) {
         };
         close("running mean", norm.running_mean.get(), "running_mean_0");
         close("running variance", norm.running_var.get(), "running_var_0");
-        assert_close(
-            "training",
-            embedding.clone(),
-            &golden,
-            "restyle34.train_embedding",
-            tolerance.output,
-        );
+        let (what, key) = ("training", "restyle34.train_embedding");
+        compare(what, embedding.clone(), &golden, key, tolerance.output)?;
         let cotangent: Tensor<2> = input("g.cotangent4", [4, 512], 1.0, device);
         let gradients = (embedding * cotangent).sum().backward();
         let expected = (&golden, "restyle34.train_grad_norm".to_owned());
         let names = names("restyle34.param_names");
-        compare_gradient_norms("training", &recognizer, &gradients, expected, &names, tolerance)
+        compare_gradient_norms(what, &recognizer, &gradients, expected, &names, tolerance)
     });
 }
 
