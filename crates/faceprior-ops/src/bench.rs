@@ -116,7 +116,7 @@ impl Convolution {
             Some(shape) => {
                 winograd::weight_gradient(Isa::best(), shape, &self.x, None, &self.y, &mut self.weight);
             }
-            None if strided::suits(Isa::best(), self.geometry) => {
+            None if strided::suits_weight_gradient(self.geometry) => {
                 strided::weight_gradient(
                     Isa::best(),
                     self.geometry,

@@ -151,7 +151,17 @@ impl Convolution {
         }
     }
 
-    /// The same where the weight is prepared already.
+    /// How the gradient of the weight is computed.
+    fn algorithm_of_weight(&self, geometry: Geometry) -> Algorithm {
+        match self.algorithm(geometry) {
+            Algorithm::Direct(geometry) if strided::suits_weight_gradient(geometry) => {
+                Algorithm::Strided(geometry)
+            }
+            algorithm => algorithm,
+        }
+    }
+
+    /// How the output is where the weight is prepared already.
     fn algorithm_prepared(&self, geometry: Geometry) -> Algorithm {
         match (self.algorithm(geometry), self.winograd(geometry)) {
             (Algorithm::Direct(_), Some(shape)) if shape.tiles_of(2) >= MIN_WINOGRAD_TILES => {
@@ -258,11 +268,11 @@ impl Convolution {
         [of_x, of_weight]: [bool; 2],
     ) -> [Option<FlexTensor>; 2] {
         let geometry = self.geometry(x, weight);
-        let (isa, algorithm) = (self.isa, self.algorithm(geometry));
+        let isa = self.isa;
         let (from, taps, gradient) = (values(x), values(weight), values(dy));
         let dw = of_weight.then(|| {
             let mut dw = Buffer::take(taps.len());
-            match algorithm {
+            match self.algorithm_of_weight(geometry) {
                 Algorithm::Winograd(shape, _) => {
                     winograd::weight_gradient(isa, shape, from, load, gradient, &mut dw);
                 }
@@ -280,7 +290,7 @@ impl Convolution {
         });
         let dx = of_x.then(|| {
             let mut dx = Buffer::take(from.len());
-            match algorithm {
+            match self.algorithm(geometry) {
                 Algorithm::Winograd(shape, _) => winograd::data_gradient(isa, shape, gradient, taps, &mut dx),
                 Algorithm::Strided(geometry) => {
                     strided::data_gradient(isa, geometry, gradient, taps, &mut dx);

@@ -16,6 +16,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 use std::sync::OnceLock;
 
 use super::lanes::{Avx512, Lanes, Parts};
@@ -75,9 +76,6 @@ pub(super) const fn square_tiles(parts: Parts) -> usize {
 const STEPS: usize = 8;
 /// Terms of these steps.
 const INNER: usize = STEPS * STEP;
-/// Steps that [`multiply_cells`] sums before sums go back to memory: their tiles of B take 240 KiB, which stay in the
-/// second-level cache while all squares pass by.
-const CELL_STEPS: usize = 40;
 
 /// Whether a product is one for this unit: a weight gradient, whose rows are neighbours in memory by sixteens and evenly
 /// spaced in C, in whole squares.
@@ -151,7 +149,7 @@ unsafe fn multiply_parts<const PARTS: usize>(
     let mut terms = Terms::new(runs, strides);
     // SAFETY: the caller's promise; scratch is sized for the steps of all squares.
     unsafe {
-        configure();
+        let _unit = Unit::new();
         for first in (0..total).step_by(INNER) {
             terms.take(INNER.min(total - first));
             let steps = &packed_steps::<PARTS>()[..terms.steps()];
@@ -175,7 +173,6 @@ unsafe fn multiply_parts<const PARTS: usize>(
                 }
             }
         }
-        release();
     }
 }
 
@@ -184,54 +181,37 @@ fn packed_steps<const PARTS: usize>() -> [usize; STEPS] {
     std::array::from_fn(|step| step * SQUARE * PARTS * LINE)
 }
 
-/// Sums for squares of rows of cells, each with all steps, times the tiles of some pairs of blocks of columns,
-/// `[pair][step]`. Sums are `[square][pair][32][32]`.
-///
-/// # Safety
-/// [`available`]; from each of `rows` on, 32 rows at distances of `stride` cells are valid at all `steps` (offsets in
-/// bytes).
-#[target_feature(enable = "avx512f")]
-pub(super) unsafe fn multiply_cells(
-    parts: Parts,
-    rows: &[*const f32],
-    stride: usize,
-    steps: &[usize],
-    tiles: &[f32],
-    sums: &mut [f32],
-) {
-    let (cell, square) = (cell(parts), square_tiles(parts));
-    let add_steps = match parts {
-        Parts::Two => add_steps::<2>,
-        Parts::Three => add_steps::<3>,
-    };
-    let pairs = sums.len() / (rows.len() * SQUARE * SQUARE);
-    let pair_tiles = steps.len() * square;
-    assert_eq!(tiles.len(), pairs * pair_tiles);
-    let sums = sums.as_mut_ptr();
-    // SAFETY: the caller's promise.
-    unsafe {
-        configure();
-        let parts = steps.len().div_ceil(CELL_STEPS);
-        let length = steps.len().div_ceil(parts);
-        for (part, steps) in steps.chunks(length).enumerate() {
-            for pair in 0..pairs {
-                let start = pair * pair_tiles + part * length * square;
-                let b = tiles.as_ptr().wrapping_add(start);
-                // What the next pair of blocks is multiplied by is asked for while this one is at work.
-                let lines = (square * size_of::<f32>() / LINE).div_ceil(rows.len());
-                let next = b.wrapping_add(pair_tiles).cast::<u8>();
-                for (index, row) in rows.iter().enumerate() {
-                    let a = [*row, row.wrapping_add(SIDE * stride * cell)].map(|tile| tile.cast());
-                    let to = sums.wrapping_add((index * pairs + pair) * SQUARE * SQUARE);
-                    let next = Next {
-                        from: next.wrapping_add(index * steps.len() * lines * LINE),
-                        lines,
-                    };
-                    add_steps(a, stride * cell, steps, b.cast(), next, to, SQUARE, part > 0);
-                }
-            }
-        }
-        release();
+impl Unit {
+    /// A square of sums, `[32][32]`, of 32 rows of cells times the tiles of a pair of blocks of columns, at all steps: from
+    /// nothing, or from what it holds.
+    ///
+    /// # Safety
+    /// From `row` on, 32 rows at distances of `stride` cells are valid at all `steps` (offsets in bytes).
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn multiply_cells(
+        &self,
+        parts: Parts,
+        row: *const f32,
+        stride: usize,
+        steps: &[usize],
+        tiles: &[f32],
+        next: Next,
+        sums: &mut [f32; SQUARE * SQUARE],
+        accumulate: bool,
+    ) {
+        let cell = cell(parts);
+        assert_eq!(tiles.len(), steps.len() * square_tiles(parts));
+        let add_steps = match parts {
+            Parts::Two => add_steps::<2>,
+            Parts::Three => add_steps::<3>,
+        };
+        let (rows, tiles, sums) = (
+            [row, row.wrapping_add(SIDE * stride * cell)].map(|row| row.cast()),
+            tiles.as_ptr().cast(),
+            sums.as_mut_ptr(),
+        );
+        // SAFETY: the caller's promise, and the registers are set up.
+        unsafe { add_steps(rows, stride * cell, steps, tiles, next, sums, SQUARE, accumulate) }
     }
 }
 
@@ -487,33 +467,55 @@ static CONFIGURATION: Configuration = {
     Configuration(bytes)
 };
 
-/// # Safety
-/// [`available`].
-unsafe fn configure() {
-    // SAFETY: the caller's promise. Compiled code uses the unit's registers nowhere else.
-    unsafe {
-        asm!("ldtilecfg [{}]", in(reg) &raw const CONFIGURATION, options(nostack, preserves_flags, readonly));
+/// The unit's registers, set up for a thread until dropped. Compiled code uses them nowhere else.
+pub(super) struct Unit {
+    /// Of this thread.
+    _registers: PhantomData<*const ()>,
+}
+
+impl Unit {
+    /// # Safety
+    /// [`available`], and the thread has no other.
+    pub(super) unsafe fn new() -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!("ldtilecfg [{}]", in(reg) &raw const CONFIGURATION, options(nostack, preserves_flags, readonly));
+        }
+        Self {
+            _registers: PhantomData,
+        }
     }
 }
 
-/// # Safety
-/// [`available`].
-unsafe fn release() {
-    // SAFETY: the caller's promise.
-    unsafe { asm!("tilerelease", options(nostack, preserves_flags, nomem)) }
+impl Drop for Unit {
+    fn drop(&mut self) {
+        // SAFETY: whoever made it knew of the unit.
+        unsafe { asm!("tilerelease", options(nostack, preserves_flags, nomem)) }
+    }
 }
 
-/// What [`add_steps`] asks for ahead of time: with each step so many cache lines, one after the other.
+/// What is asked for ahead of time: with each step so many cache lines, one after the other.
 #[derive(Clone, Copy)]
-struct Next {
+pub(super) struct Next {
     from: *const u8,
     lines: usize,
+}
+
+impl Next {
+    /// Tiles for so many steps, asked for by so many calls, of which this is `call`.
+    pub(super) fn tiles(parts: Parts, tiles: *const f32, steps: usize, [call, calls]: [usize; 2]) -> Self {
+        let lines = (square_tiles(parts) * size_of::<f32>() / LINE).div_ceil(calls);
+        Self {
+            from: tiles.cast::<u8>().wrapping_add(call * steps * lines * LINE),
+            lines,
+        }
+    }
 }
 
 /// A square of sums, plus or from nothing, the products of some steps of 32 rows and 32 columns.
 ///
 /// # Safety
-/// After [`configure`]. At each of the offsets `steps`, in bytes, from both of `a` on there are sixteen rows of a cell at
+/// Within a [`Unit`]'s life. At each of the offsets `steps`, in bytes, from both of `a` on there are sixteen rows of a cell at
 /// distances of `a_row` floats; `b` is valid for the steps, `sums` for 32 rows at distances of `row` floats. What is asked
 /// for need not be valid, but there is some.
 unsafe fn add_steps<const PARTS: usize>(

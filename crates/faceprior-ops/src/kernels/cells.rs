@@ -298,36 +298,55 @@ pub(super) struct Product<'a> {
     pub(super) outputs: Outputs,
 }
 
-/// Squares of sums of a task, 4 KiB each: they stay in the second-level cache.
-const TASK_SQUARES: usize = 64;
-/// Squares of rows of a task, at most.
-const TASK_ROWS: usize = 8;
-/// Pairs of blocks of columns of a task, at most.
-const TASK_PAIRS: usize = 8;
+/// Squares of outputs of a task, at most.
+const TASK_SQUARES: usize = 16;
+/// Floats of cells that are multiplied before the next, at most, and of tiles for a pair of blocks of columns: all cells,
+/// these tiles and the next stay in the second-level cache.
+const PART_CELLS: usize = 192 << 10;
+const PART_TILES: usize = 96 << 10;
 
 impl Product<'_> {
     pub(super) fn run(self, isa: Isa) {
         let grid = self.grid;
+        assert!(self.outputs.pixels <= self.pitch(), "outputs that would overlap");
+        let (of_picture, pairs) = (self.picture_squares(), self.blocks.div_ceil(2));
+        let threads = rayon::current_num_threads();
+        // Tasks have whole pictures, or equal parts of one.
+        let divisions = of_picture.div_ceil(TASK_SQUARES);
+        let task_pictures = (TASK_SQUARES / of_picture)
+            .min(grid.pictures.div_ceil(2 * threads))
+            .max(1);
+        let task_squares = of_picture.div_ceil(divisions);
+        let row_tasks = grid.pictures.div_ceil(task_pictures) * divisions;
+        // With few rows, tasks share them: each reads a part of the weight, which is the larger part then.
+        let task_pairs = pairs.div_ceil(threads.div_ceil(row_tasks));
+        let pair_tasks = pairs.div_ceil(task_pairs);
+
+        // Blocks of the source by pairs, some at a time.
+        let cells = task_pictures * grid.plane() * grid.cell();
+        let tiles = self.taps.len() * amx::square_tiles(grid.parts);
+        let part = (PART_CELLS / cells)
+            .min(PART_TILES / tiles)
+            .clamp(1, grid.pairs());
+        let part = grid.pairs().div_ceil(grid.pairs().div_ceil(part));
         let taps = self.taps.iter().map(|(row, column)| grid.offset(*row, *column));
         let taps: Vec<_> = taps.collect();
-        let steps: Vec<_> = (0..grid.pairs())
+        let steps: Vec<_> = (0..part)
             .flat_map(|pair| taps.iter().map(move |tap| pair * grid.plane() + tap))
             .map(|cell| cell * grid.cell() * size_of::<f32>())
             .collect();
-        assert!(self.outputs.pixels <= self.pitch(), "outputs that would overlap");
-        let squares = grid.pictures * self.picture_squares();
-        let pairs = self.blocks.div_ceil(2);
-        let threads = rayon::current_num_threads();
-        let task_rows = (TASK_SQUARES / pairs.min(TASK_PAIRS)).min(TASK_ROWS);
-        let row_tasks = squares.div_ceil(task_rows);
-        // With few rows, tasks share them: each reads a part of the weight, which is the larger part then.
-        let pair_tasks = pairs.div_ceil(TASK_PAIRS).max(threads.div_ceil(row_tasks));
-        let task_pairs = pairs.div_ceil(pair_tasks);
-        let pair_tasks = pairs.div_ceil(task_pairs);
         parallel(row_tasks * pair_tasks, |task| {
-            let (first, pair) = (task / pair_tasks * task_rows, task % pair_tasks * task_pairs);
-            let squares = first..squares.min(first + task_rows);
-            self.multiply(isa, &steps, squares, pair..pairs.min(pair + task_pairs));
+            let (task, pair) = (task / pair_tasks, task % pair_tasks * task_pairs);
+            let (group, division) = (task / divisions, task % divisions);
+            let first = group * task_pictures;
+            isa.run(Task {
+                product: self,
+                steps: &steps,
+                part,
+                pictures: first..grid.pictures.min(first + task_pictures),
+                squares: division * task_squares..of_picture.min((division + 1) * task_squares),
+                pairs: pair..pairs.min(pair + task_pairs),
+            });
         });
     }
 
@@ -340,86 +359,45 @@ impl Product<'_> {
     fn pitch(&self) -> usize {
         self.grid.columns / self.grid.stride
     }
-
-    /// Splits what the outputs of some squares need; the cells of the first picture, and how many are left out before.
-    fn split(&self, isa: Isa, maps: Maps, squares: &Range<usize>) -> (Buffer, usize) {
-        let (grid, of_picture) = (self.grid, self.picture_squares());
-        let (first, last) = (squares.start / of_picture, (squares.end - 1) / of_picture);
-        // Rows of a part of a picture lie where those of the first part would.
-        let (rows, before) = if first == last {
-            let top = squares.start % of_picture * SQUARE / self.pitch();
-            let bottom = ((squares.end - 1) % of_picture * SQUARE + SQUARE - 1) / self.pitch();
-            let reach = self.taps.iter().map(|(row, _)| row + 1).max().unwrap_or(0);
-            let end = bottom.min(self.outputs.rows - 1) * grid.stride + reach;
-            (top * grid.stride..end, top * grid.columns)
-        } else {
-            (grid.all_rows(), 0)
-        };
-        let mut cells = Buffer::take(grid.floats(last + 1 - first));
-        let to = Shared::new(&mut cells);
-        for plane in first * grid.pairs()..(last + 1) * grid.pairs() {
-            let at = (plane - first * grid.pairs()) * grid.plane() * grid.cell();
-            isa.run(SplitRows {
-                grid,
-                maps,
-                plane,
-                rows: rows.clone(),
-                to: to.at(at).wrapping_sub(before * grid.cell()),
-            });
-        }
-        (cells, first * grid.pairs() * grid.plane() + before)
-    }
-
-    fn multiply(&self, isa: Isa, steps: &[usize], squares: Range<usize>, pairs: Range<usize>) {
-        let of_picture = self.picture_squares();
-        let picture_cells = self.grid.pairs() * self.grid.plane();
-        let (split, before);
-        let (cells, before) = match self.source {
-            Source::Cells(cells) => (cells, 0),
-            Source::Maps(maps) => {
-                (split, before) = self.split(isa, maps, &squares);
-                (&*split, before)
-            }
-        };
-        let mut rows = [std::ptr::null(); TASK_ROWS];
-        for (row, square) in rows.iter_mut().zip(squares.clone()) {
-            let (picture, first) = (square / of_picture, square % of_picture * SQUARE);
-            let cell = picture * picture_cells + first * self.grid.stride - before;
-            *row = cells.as_ptr().wrapping_add(cell * self.grid.cell());
-        }
-        let rows = &rows[..squares.len()];
-        let tiles = steps.len() * amx::square_tiles(self.grid.parts);
-        let weight = &self.weight[pairs.start * tiles..pairs.end * tiles];
-        let mut sums = Buffer::take(squares.len() * pairs.len() * SQUARE * SQUARE);
-        // SAFETY: there is a unit, or nobody would have packed the weight; every tap of every output lies inside the
-        // cells.
-        unsafe { amx::multiply_cells(self.grid.parts, rows, self.grid.stride, steps, weight, &mut sums) };
-        isa.run(WriteSums {
-            product: self,
-            sums: &sums,
-            squares,
-            pairs,
-        });
-    }
 }
 
-/// Writes the sums of some squares for some pairs of blocks, `[square][pair][32][32]`, to the outputs, which nobody else
-/// writes.
-struct WriteSums<'a> {
-    product: &'a Product<'a>,
-    sums: &'a [f32],
+/// Some squares of outputs of each of some pictures, and some pairs of blocks of columns.
+struct Task<'a> {
+    product: Product<'a>,
+    /// Offsets of the steps of a part in bytes.
+    steps: &'a [usize],
+    /// Pairs of blocks of the source of a part.
+    part: usize,
+    pictures: Range<usize>,
     squares: Range<usize>,
     pairs: Range<usize>,
 }
 
-impl WriteSums<'_> {
-    /// Writes sixteen columns of a square, those outputs that are in the picture.
+impl Task<'_> {
+    /// The rows of a plane, borders included, that the squares need.
+    fn rows(&self) -> Range<usize> {
+        let Product { grid, outputs, .. } = self.product;
+        let pitch = self.product.pitch();
+        let top = self.squares.start * SQUARE / pitch;
+        let bottom = (self.squares.end * SQUARE - 1) / pitch;
+        let reach = self
+            .product
+            .taps
+            .iter()
+            .map(|(row, _)| row + 1)
+            .max()
+            .unwrap_or(0);
+        top * grid.stride..bottom.min(outputs.rows - 1) * grid.stride + reach
+    }
+
+    /// Writes sixteen columns of a square, those outputs that are in the picture, which nobody else writes.
     ///
     /// # Safety
     /// Instructions of `L`; `from` is a square's, and the plane at `to` is a picture's.
     #[inline(always)]
-    unsafe fn write<L: Lanes>(&self, from: *const f32, first: usize, to: *mut f32) {
+    unsafe fn write<L: Lanes>(&self, from: *const f32, square: usize, to: *mut f32) {
         let (outputs, pitch) = (self.product.outputs, self.product.pitch());
+        let first = square * SQUARE;
         let (mut row, mut pixel) = (first / pitch, first % pitch);
         for output in 0..SQUARE {
             if pixel < outputs.pixels && row < outputs.rows {
@@ -437,25 +415,104 @@ impl WriteSums<'_> {
     }
 }
 
-impl Kernel for WriteSums<'_> {
+impl Kernel for Task<'_> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        let Product { blocks, outputs, .. } = *self.product;
-        let of_picture = self.product.picture_squares();
-        let mut sums = self.sums.as_ptr();
-        for square in self.squares.clone() {
-            let (picture, first) = (square / of_picture, square % of_picture * SQUARE);
-            for pair in self.pairs.clone() {
-                for block in 2 * pair..blocks.min(2 * pair + 2) {
-                    let to = outputs
-                        .y
-                        .at((picture * blocks + block) * outputs.plane + outputs.first);
-                    // SAFETY: the caller promises the instructions; the square and the plane are some of the product's.
-                    unsafe { self.write::<L>(sums.wrapping_add(block % 2 * BLOCK), first, to) };
+        let Product {
+            grid,
+            source,
+            weight,
+            blocks,
+            outputs,
+            taps,
+        } = self.product;
+        let (in_pairs, plane, cell) = (grid.pairs(), grid.plane(), grid.cell());
+        let tiles = taps.len() * amx::square_tiles(grid.parts);
+        let rows = self.rows();
+        // Rows lie where those of the first squares would.
+        let before = rows.start / grid.stride * grid.columns;
+        let mut split = match source {
+            Source::Cells(_) => Buffer::take(0),
+            Source::Maps(_) => {
+                Buffer::take((self.pictures.len() * self.part * plane + SQUARE * grid.stride) * cell)
+            }
+        };
+        let calls = self.pictures.len() * self.squares.len();
+        // Where there is one part alone, sums are written one by one.
+        let kept = if self.part < in_pairs {
+            calls * self.pairs.len()
+        } else {
+            1
+        };
+        let mut sums = Buffer::take(kept * SQUARE * SQUARE);
+        let (sums, _) = sums.as_chunks_mut::<{ SQUARE * SQUARE }>();
+        for first in (0..in_pairs).step_by(self.part) {
+            let part = first..in_pairs.min(first + self.part);
+            let (cells, of_picture) = match source {
+                Source::Cells(cells) => {
+                    let first = (self.pictures.start * in_pairs + first) * plane;
+                    (cells.as_ptr().wrapping_add(first * cell), in_pairs * plane)
                 }
-                sums = sums.wrapping_add(SQUARE * SQUARE);
+                Source::Maps(maps) => {
+                    let to = split.as_mut_ptr().wrapping_sub(before * cell);
+                    for (index, picture) in self.pictures.clone().enumerate() {
+                        for (place, pair) in part.clone().enumerate() {
+                            let to = to.wrapping_add((index * part.len() + place) * plane * cell);
+                            // SAFETY: the caller promises the instructions; there is a unit, or nobody would have packed
+                            // the weight; the buffer has room for the rows of so many planes.
+                            unsafe {
+                                L::call(SplitRows {
+                                    grid,
+                                    maps,
+                                    plane: picture * in_pairs + pair,
+                                    rows: rows.clone(),
+                                    to,
+                                });
+                            }
+                        }
+                    }
+                    (to.cast_const(), part.len() * plane)
+                }
+            };
+            let steps = &self.steps[..part.len() * taps.len()];
+            // SAFETY: as above; nothing else here uses it.
+            let unit = unsafe { amx::Unit::new() };
+            for (place, pair) in self.pairs.clone().enumerate() {
+                let weight_at = |pair: usize| (pair * in_pairs + first) * tiles;
+                let pair_weight = &weight[weight_at(pair)..][..part.len() * tiles];
+                let next = weight.as_ptr().wrapping_add(weight_at(pair + 1));
+                for call in 0..calls {
+                    let (index, square) = (call / self.squares.len(), call % self.squares.len());
+                    let square = self.squares.start + square;
+                    let row = cells.wrapping_add((index * of_picture + square * SQUARE * grid.stride) * cell);
+                    let next = amx::Next::tiles(grid.parts, next, steps.len(), [call, calls]);
+                    let sums = &mut sums[(place * calls + call) % kept];
+                    // SAFETY: every tap of every output lies inside the cells; the caller promises the instructions,
+                    // and the square and the planes are some of the product's.
+                    unsafe {
+                        let more = first > 0;
+                        unit.multiply_cells(
+                            grid.parts,
+                            row,
+                            grid.stride,
+                            steps,
+                            pair_weight,
+                            next,
+                            sums,
+                            more,
+                        );
+                        if part.end < in_pairs {
+                            continue;
+                        }
+                        for block in 2 * pair..blocks.min(2 * pair + 2) {
+                            let plane = (self.pictures.start + index) * blocks + block;
+                            let to = outputs.y.at(plane * outputs.plane + outputs.first);
+                            self.write::<L>(sums.as_ptr().wrapping_add(block % 2 * BLOCK), square, to);
+                        }
+                    }
+                }
             }
         }
     }

@@ -32,15 +32,33 @@ pub(super) unsafe fn multiply(
     unreachable!("{ABSENT}")
 }
 
-pub(super) unsafe fn multiply_cells(
-    _: Parts,
-    _: &[*const f32],
-    _: usize,
-    _: &[usize],
-    _: &[f32],
-    _: &mut [f32],
-) {
-    unreachable!("{ABSENT}")
+pub(super) struct Unit;
+
+impl Unit {
+    pub(super) unsafe fn new() -> Self {
+        unreachable!("{ABSENT}")
+    }
+
+    pub(super) unsafe fn multiply_cells(
+        &self,
+        _: Parts,
+        _: *const f32,
+        _: usize,
+        _: &[usize],
+        _: &[f32],
+        _: Next,
+        _: &mut [f32; SQUARE * SQUARE],
+        _: bool,
+    ) {
+    }
+}
+
+pub(super) struct Next;
+
+impl Next {
+    pub(super) fn tiles(_: Parts, _: *const f32, _: usize, _: [usize; 2]) -> Self {
+        Self
+    }
 }
 
 pub(super) unsafe fn split_cells(_: Parts, _: *const f32, _: usize, _: *mut f32, _: usize) {

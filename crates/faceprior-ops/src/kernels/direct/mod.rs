@@ -201,7 +201,9 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
             [bottom, right],
             1,
         );
-        (parts, grid, grid.split(isa, dy))
+        // One phase reads a pixel once: its tasks may as well split what they need.
+        let split = (s > 1).then(|| grid.split(isa, dy));
+        (parts, grid, split)
     });
     let dx = Shared::new(dx);
     let (mut phases, mut phase_taps) = (Vec::new(), Vec::new());
@@ -223,10 +225,12 @@ pub(crate) fn data_gradient(isa: Isa, geometry: Geometry, dy: &[f32], weight: &[
                 rows: (g.h - phase_y).div_ceil(s),
                 pixels: (g.w - phase_x).div_ceil(s),
             };
-            if let (Some((parts, grid, cells)), false) = (&cells, taps.is_empty()) {
+            if let (Some((parts, grid, split)), false) = (&cells, taps.is_empty()) {
+                let maps = cells::Maps { x: dy, load: None };
+                let source = split.as_deref().map(cells::Source::Cells);
                 let product = cells::Product {
                     grid: *grid,
-                    source: cells::Source::Cells(cells),
+                    source: source.unwrap_or(cells::Source::Maps(maps)),
                     taps: &places,
                     weight: &cells::pack(isa, *parts, weight, g.weight(), Columns::Inputs, &taps),
                     blocks: g.in_blocks(),

@@ -32,11 +32,15 @@ const ENTRIES: usize = 2 * TILE + 1;
 /// Fewer tiles do not pay for the transformed weight.
 const MIN_TILES: usize = 16;
 
-/// Whether a convolution should be computed here.
+/// Whether a convolution and its data gradient should be computed here: the matrix unit takes their direct form.
 pub(crate) fn suits(isa: Isa, g: Geometry) -> bool {
+    isa.matrices().is_none() && suits_weight_gradient(g)
+}
+
+/// Whether a weight gradient should be.
+pub(crate) fn suits_weight_gradient(g: Geometry) -> bool {
     let form = g.kernel == [3, 3] && g.stride == 2 && g.padding == 1;
-    // The matrix unit takes the direct form.
-    form && g.i.min(g.o) >= BLOCK && isa.matrices().is_none() && Grid::new(small(g)).tiles() >= MIN_TILES
+    form && g.i.min(g.o) >= BLOCK && Grid::new(small(g)).tiles() >= MIN_TILES
 }
 
 /// The shape of the output.

@@ -25,6 +25,10 @@ const CELL: usize = amx::cell(PARTS);
 const SQUARE_TILES: usize = amx::square_tiles(PARTS);
 /// Channels on either side that pay for splitting them.
 const MIN_CHANNELS: usize = 64;
+/// Squares of tiles of a chunk, at most, where the weight has so many squares of channels that it does not stay in the
+/// second-level cache: it streams past once for each chunk.
+const CHUNK_SQUARES: usize = 4;
+const LARGE_WEIGHT: usize = 16;
 
 /// Whether a convolution should be computed here.
 pub(super) fn suits(isa: Isa, shape: Shape) -> bool {
@@ -104,9 +108,20 @@ pub(super) fn convolve(isa: Isa, shape: Shape, weight: &[f32], maps: Maps, y: &m
         grid: Grid::of_equal(shape, TILE),
     };
     let (tiles, pairs) = (form.grid.tiles(), out_blocks.div_ceil(2));
-    let chunks = tiles.div_ceil(SQUARE);
+    let (threads, squares) = (rayon::current_num_threads(), tiles.div_ceil(SQUARE));
+    let most = if in_blocks.div_ceil(2) * pairs < LARGE_WEIGHT {
+        1
+    } else {
+        CHUNK_SQUARES
+    };
+    let chunks = match squares.div_ceil(most) {
+        1 => 1,
+        chunks => chunks.next_multiple_of(threads).min(squares),
+    };
+    let chunk_tiles = squares.div_ceil(chunks) * SQUARE;
+    let chunks = tiles.div_ceil(chunk_tiles);
     // Too few chunks for all threads: tasks share a chunk, each for some of the output channels.
-    let splits = (rayon::current_num_threads() / chunks).clamp(1, pairs);
+    let splits = (threads / chunks).clamp(1, pairs);
     let split_pairs = pairs.div_ceil(splits);
     let y = Shared::new(y);
     parallel(chunks * splits, |task| {
@@ -116,7 +131,7 @@ pub(super) fn convolve(isa: Isa, shape: Shape, weight: &[f32], maps: Maps, y: &m
             maps,
             weight,
             y,
-            tiles: chunk * SQUARE..tiles.min((chunk + 1) * SQUARE),
+            tiles: chunk * chunk_tiles..tiles.min((chunk + 1) * chunk_tiles),
             pairs: first.min(pairs)..pairs.min(first + split_pairs),
         });
     });
@@ -150,8 +165,9 @@ impl Kernel for Chunk<'_> {
         let [in_blocks, out_blocks] = [grid.shape.i, grid.shape.o].map(|channels| channels.div_ceil(BLOCK));
         let (steps, all_pairs) = (in_blocks.div_ceil(2), out_blocks.div_ceil(2));
         // A cache line more per point, lest the streams of a transform meet in one cache set.
-        let cells_point = steps * SQUARE * CELL + BLOCK;
-        let sums_point = pairs.len() * SQUARE * SQUARE + BLOCK;
+        let squares = tiles.len().div_ceil(SQUARE);
+        let cells_point = squares * steps * SQUARE * CELL + BLOCK;
+        let sums_point = squares * pairs.len() * SQUARE * SQUARE + BLOCK;
         let mut cells = Buffer::take(POINTS * cells_point);
         let mut sums = Buffer::take(POINTS * sums_point);
         let mut values = [0.0; POINTS * SQUARE];
@@ -169,7 +185,8 @@ impl Kernel for Chunk<'_> {
                         values[BLOCK..].fill(0.0);
                     }
                 }
-                let to = cells.as_mut_ptr().wrapping_add((step * SQUARE + row) * CELL);
+                let cell = (row / SQUARE * steps + step) * SQUARE + row % SQUARE;
+                let to = cells.as_mut_ptr().wrapping_add(cell * CELL);
                 // SAFETY: there is a unit, or nobody would have prepared the weight; the cells have room.
                 unsafe { amx::split_cells(PARTS, values.as_ptr(), POINTS, to, cells_point) };
             }
@@ -177,18 +194,30 @@ impl Kernel for Chunk<'_> {
         let offsets: Vec<_> = (0..steps)
             .map(|step| step * SQUARE * CELL * size_of::<f32>())
             .collect();
-        for point in 0..POINTS {
-            let row = cells.as_ptr().wrapping_add(point * cells_point);
-            let at = |pair: usize| (point * all_pairs + pair) * steps * SQUARE_TILES;
-            let weight = &weight[at(pairs.start)..at(pairs.end)];
-            let sums = &mut sums[point * sums_point..][..pairs.len() * SQUARE * SQUARE];
-            // SAFETY: as above; each of 32 rows has all steps.
-            unsafe { amx::multiply_cells(PARTS, &[row], 1, &offsets, weight, sums) };
+        {
+            // SAFETY: there is a unit, or nobody would have prepared the weight; nothing else here uses it.
+            let unit = unsafe { amx::Unit::new() };
+            for point in 0..POINTS {
+                let cells = cells.as_ptr().wrapping_add(point * cells_point);
+                let (sums, _) = sums[point * sums_point..].as_chunks_mut::<{ SQUARE * SQUARE }>();
+                for (pair, sums) in pairs.clone().zip(sums.chunks_exact_mut(squares)) {
+                    let tiles =
+                        &weight[(point * all_pairs + pair) * steps * SQUARE_TILES..][..steps * SQUARE_TILES];
+                    for (square, sums) in sums.iter_mut().enumerate() {
+                        let row = cells.wrapping_add(square * steps * SQUARE * CELL);
+                        let next =
+                            amx::Next::tiles(PARTS, tiles.as_ptr_range().end, steps, [square, squares]);
+                        // SAFETY: each of 32 rows has all steps.
+                        unsafe { unit.multiply_cells(PARTS, row, 1, &offsets, tiles, next, sums, false) };
+                    }
+                }
+            }
         }
         for (row, tile) in tiles.enumerate() {
             let place = grid.place(tile);
             for block in 2 * pairs.start..out_blocks.min(2 * pairs.end) {
-                let at = ((block / 2 - pairs.start) * SQUARE + row) * SQUARE + block % 2 * BLOCK;
+                let square = (block / 2 - pairs.start) * squares + row / SQUARE;
+                let at = (square * SQUARE + row % SQUARE) * SQUARE + block % 2 * BLOCK;
                 let (from, plane) = (sums.as_ptr().wrapping_add(at), place.picture * out_blocks + block);
                 // SAFETY: the caller promises the instructions; this task alone writes these outputs.
                 unsafe { form.write_tile::<L>(from, sums_point, y, plane, place) };
