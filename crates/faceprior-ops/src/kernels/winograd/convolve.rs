@@ -22,8 +22,8 @@ pub(crate) fn prepare(isa: Isa, shape: Shape, tile: Tile, weight: &[f32]) -> Buf
         shape: shape.weight(),
         columns: Columns::Outputs,
     };
-    match tile {
-        Tile::Four if unit::suits(isa, shape) => unit::prepare(isa, taps),
+    match (tile, unit::parts(isa, shape)) {
+        (Tile::Four, Some(parts)) => unit::prepare(isa, parts, taps),
         _ => transform_weight::<ThreeTaps>(isa, taps, tile.grid(shape).edge()),
     }
 }
@@ -38,8 +38,8 @@ pub(crate) fn forward(
     prepared: &[f32],
     y: &mut [f32],
 ) {
-    match tile {
-        Tile::Four if unit::suits(isa, shape) => unit::convolve(isa, shape, prepared, Maps { x, load }, y),
+    match (tile, unit::parts(isa, shape)) {
+        (Tile::Four, Some(parts)) => unit::convolve(isa, parts, shape, prepared, Maps { x, load }, y),
         _ => {
             let form = StrideOne {
                 grid: tile.grid(shape),
@@ -82,8 +82,8 @@ pub(crate) fn data_gradient(isa: Isa, shape: Shape, dy: &[f32], weight: &[f32], 
 }
 
 fn convolve_once(isa: Isa, shape: Shape, taps: Taps, maps: Maps, y: &mut [f32]) {
-    if unit::suits(isa, shape) {
-        unit::convolve(isa, shape, &unit::prepare(isa, taps), maps, y);
+    if let Some(parts) = unit::parts(isa, shape) {
+        unit::convolve(isa, parts, shape, &unit::prepare(isa, parts, taps), maps, y);
         return;
     }
     let form = StrideOne {

@@ -1,4 +1,4 @@
-//! The convolution on the matrix unit, for floats in two parts.
+//! The convolution on the matrix unit.
 //!
 //! A tile's point is a row of cells, one for each pair of input blocks, and the weight's are the unit's tiles. There are
 //! four times as many weights as in the direct form, and a quarter of its products.
@@ -18,11 +18,6 @@ use crate::pool::Buffer;
 
 use amx::SQUARE;
 
-const PARTS: Parts = Parts::Two;
-/// Floats of a cell.
-const CELL: usize = amx::cell(PARTS);
-/// Floats of the tiles of a pair of input blocks and one of output blocks.
-const SQUARE_TILES: usize = amx::square_tiles(PARTS);
 /// Channels on either side that pay for splitting them.
 const MIN_CHANNELS: usize = 64;
 /// Squares of tiles of a chunk, at most, where the weight has so many squares of channels that it does not stay in the
@@ -30,25 +25,37 @@ const MIN_CHANNELS: usize = 64;
 const CHUNK_SQUARES: usize = 4;
 const LARGE_WEIGHT: usize = 16;
 
-/// Whether a convolution should be computed here.
-pub(super) fn suits(isa: Isa, shape: Shape) -> bool {
-    isa.matrices() == Some(PARTS) && shape.i.min(shape.o) >= MIN_CHANNELS
+/// The parts of floats where a convolution should be computed here.
+pub(super) fn parts(isa: Isa, shape: Shape) -> Option<Parts> {
+    let squares = shape.tiles_of(TILE) / SQUARE;
+    isa.matrices()
+        .filter(|parts| shape.i.min(shape.o) >= MIN_CHANNELS && squares >= min_squares(*parts))
+}
+
+/// Squares of tiles that pay for splitting a weight's points.
+const fn min_squares(parts: Parts) -> usize {
+    match parts {
+        Parts::Two => 2,
+        Parts::Three => 4,
+    }
 }
 
 /// `G g Gᵀ` as tiles, `[point][pair of output blocks][pair of input blocks]`.
-pub(super) fn prepare(isa: Isa, taps: Taps) -> Buffer {
+pub(super) fn prepare(isa: Isa, parts: Parts, taps: Taps) -> Buffer {
+    let square_tiles = amx::square_tiles(parts);
     let (outputs, inputs) = taps.columns.sides(taps.shape);
     let (pairs, steps) = (outputs.div_ceil(SQUARE), inputs.div_ceil(SQUARE));
-    let mut tiles = Buffer::take(pairs * POINTS * steps * SQUARE_TILES);
+    let mut tiles = Buffer::take(pairs * POINTS * steps * square_tiles);
     let to = Shared::new(&mut tiles);
     parallel(pairs * steps, |task| {
         let (pair, step) = (task / steps, task % steps);
         isa.run(WeightSquares {
+            parts,
             taps,
             pair,
             step,
-            to: to.at((pair * steps + step) * SQUARE_TILES),
-            point: pairs * steps * SQUARE_TILES,
+            to: to.at((pair * steps + step) * square_tiles),
+            point: pairs * steps * square_tiles,
         });
     });
     tiles
@@ -56,6 +63,7 @@ pub(super) fn prepare(isa: Isa, taps: Taps) -> Buffer {
 
 /// Two blocks of outputs of two of inputs.
 struct WeightSquares<'a> {
+    parts: Parts,
     taps: Taps<'a>,
     pair: usize,
     step: usize,
@@ -93,13 +101,13 @@ impl Kernel for WeightSquares<'_> {
         for point in 0..POINTS {
             let square = squares.wrapping_add(point * SQUARE * SQUARE);
             // SAFETY: the caller promises the instructions and a unit; this task alone writes these tiles.
-            unsafe { amx::pack_square(PARTS, square, self.to.wrapping_add(point * self.point)) };
+            unsafe { amx::pack_square(self.parts, square, self.to.wrapping_add(point * self.point)) };
         }
     }
 }
 
 /// The convolution of `x` with a prepared weight into `y`.
-pub(super) fn convolve(isa: Isa, shape: Shape, weight: &[f32], maps: Maps, y: &mut [f32]) {
+pub(super) fn convolve(isa: Isa, parts: Parts, shape: Shape, weight: &[f32], maps: Maps, y: &mut [f32]) {
     let (in_blocks, out_blocks) = (shape.i.div_ceil(BLOCK), shape.o.div_ceil(BLOCK));
     assert_eq!(maps.x.len(), shape.n * in_blocks * shape.plane());
     assert_eq!(y.len(), shape.n * out_blocks * shape.plane());
@@ -127,6 +135,7 @@ pub(super) fn convolve(isa: Isa, shape: Shape, weight: &[f32], maps: Maps, y: &m
     parallel(chunks * splits, |task| {
         let (chunk, first) = (task / splits, task % splits * split_pairs);
         isa.run(Chunk {
+            parts,
             form,
             maps,
             weight,
@@ -140,6 +149,7 @@ pub(super) fn convolve(isa: Isa, shape: Shape, weight: &[f32], maps: Maps, y: &m
 /// A square of tiles and some pairs of output blocks of a convolution: transform, products for each point, transform
 /// back. The weight streams past, in the order in which it lies in memory.
 struct Chunk<'a> {
+    parts: Parts,
     form: StrideOne,
     maps: Maps<'a>,
     weight: &'a [f32],
@@ -154,6 +164,7 @@ impl Kernel for Chunk<'_> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self {
+            parts,
             form,
             maps,
             weight,
@@ -161,12 +172,13 @@ impl Kernel for Chunk<'_> {
             tiles,
             pairs,
         } = self;
+        let (cell_floats, square_tiles) = (amx::cell(parts), amx::square_tiles(parts));
         let grid = form.grid;
         let [in_blocks, out_blocks] = [grid.shape.i, grid.shape.o].map(|channels| channels.div_ceil(BLOCK));
         let (steps, all_pairs) = (in_blocks.div_ceil(2), out_blocks.div_ceil(2));
         // A cache line more per point, lest the streams of a transform meet in one cache set.
         let squares = tiles.len().div_ceil(SQUARE);
-        let cells_point = squares * steps * SQUARE * CELL + BLOCK;
+        let cells_point = squares * steps * SQUARE * cell_floats + BLOCK;
         let sums_point = squares * pairs.len() * SQUARE * SQUARE + BLOCK;
         let mut cells = Buffer::take(POINTS * cells_point);
         let mut sums = Buffer::take(POINTS * sums_point);
@@ -186,13 +198,13 @@ impl Kernel for Chunk<'_> {
                     }
                 }
                 let cell = (row / SQUARE * steps + step) * SQUARE + row % SQUARE;
-                let to = cells.as_mut_ptr().wrapping_add(cell * CELL);
+                let to = cells.as_mut_ptr().wrapping_add(cell * cell_floats);
                 // SAFETY: there is a unit, or nobody would have prepared the weight; the cells have room.
-                unsafe { amx::split_cells(PARTS, values.as_ptr(), POINTS, to, cells_point) };
+                unsafe { amx::split_cells(parts, values.as_ptr(), POINTS, to, cells_point) };
             }
         }
         let offsets: Vec<_> = (0..steps)
-            .map(|step| step * SQUARE * CELL * size_of::<f32>())
+            .map(|step| step * SQUARE * cell_floats * size_of::<f32>())
             .collect();
         {
             // SAFETY: there is a unit, or nobody would have prepared the weight; nothing else here uses it.
@@ -202,13 +214,13 @@ impl Kernel for Chunk<'_> {
                 let (sums, _) = sums[point * sums_point..].as_chunks_mut::<{ SQUARE * SQUARE }>();
                 for (pair, sums) in pairs.clone().zip(sums.chunks_exact_mut(squares)) {
                     let tiles =
-                        &weight[(point * all_pairs + pair) * steps * SQUARE_TILES..][..steps * SQUARE_TILES];
+                        &weight[(point * all_pairs + pair) * steps * square_tiles..][..steps * square_tiles];
                     for (square, sums) in sums.iter_mut().enumerate() {
-                        let row = cells.wrapping_add(square * steps * SQUARE * CELL);
+                        let row = cells.wrapping_add(square * steps * SQUARE * cell_floats);
                         let next =
-                            amx::Next::tiles(PARTS, tiles.as_ptr_range().end, steps, [square, squares]);
+                            amx::Next::tiles(parts, tiles.as_ptr_range().end, steps, [square, squares]);
                         // SAFETY: each of 32 rows has all steps.
-                        unsafe { unit.multiply_cells(PARTS, row, 1, &offsets, tiles, next, sums, false) };
+                        unsafe { unit.multiply_cells(parts, row, 1, &offsets, tiles, next, sums, false) };
                     }
                 }
             }
