@@ -15,17 +15,15 @@ use super::tiles::StrideOne;
 use super::{BLOCK, EDGE, POINTS, Shape, Tile, pieces, unit};
 use crate::pool::Buffer;
 
-/// The weight of a convolution, `[O, I, 3, 3]`, at the points of the tiles: what [`forward`] multiplies by.
+/// The weight of a convolution, `[O, I, 3, 3]`, at the points of the tiles: what [`forward`] multiplies by, with any number
+/// of pictures.
 pub(crate) fn prepare(isa: Isa, shape: Shape, tile: Tile, weight: &[f32]) -> Buffer {
     let taps = Taps {
         weight,
         shape: shape.weight(),
         columns: Columns::Outputs,
     };
-    match (tile, unit::parts(isa, shape)) {
-        (Tile::Four, Some(parts)) => unit::prepare(isa, parts, taps),
-        _ => transform_weight::<ThreeTaps>(isa, taps, tile.grid(shape).edge()),
-    }
+    transform_weight::<ThreeTaps>(isa, taps, tile.grid(shape).edge())
 }
 
 /// The convolution of `x` `[N, ⌈I/16⌉, H, W, 16]` with a prepared weight into `y` `[N, ⌈O/16⌉, H, W, 16]`.
@@ -38,15 +36,10 @@ pub(crate) fn forward(
     prepared: &[f32],
     y: &mut [f32],
 ) {
-    match (tile, unit::parts(isa, shape)) {
-        (Tile::Four, Some(parts)) => unit::convolve(isa, parts, shape, prepared, Maps { x, load }, y),
-        _ => {
-            let form = StrideOne {
-                grid: tile.grid(shape),
-            };
-            convolve(isa, form, prepared, Maps { x, load }, y);
-        }
-    }
+    let form = StrideOne {
+        grid: tile.grid(shape),
+    };
+    convolve(isa, form, prepared, Maps { x, load }, y);
 }
 
 /// [`forward`] with a weight `[O, I, 3, 3]` that is prepared for it alone.
