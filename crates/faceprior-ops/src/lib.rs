@@ -54,6 +54,7 @@ pub use channels::{add_noise, global_average_pool, scale_channels};
 pub use convolution::{Conv2dOptions, conv2d};
 pub use feature_map::{FeatureMap, is_cpu};
 pub use kept::Activations;
+pub use kernels::crew::lead;
 pub use linear::linear;
 pub use margin::{TargetMargin, margin_cross_entropy, margin_logits};
 pub use modulation::modulated_conv2d;

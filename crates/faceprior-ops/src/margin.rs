@@ -5,12 +5,11 @@ use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Int, Tensor};
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
 use crate::backend::{Function, apply2, dims, small_tensor, tensor, values};
 use crate::feature_map::is_cpu;
 use crate::kernels::dense::{self, Matrix};
-use crate::kernels::{Isa, Shared, parallel};
+use crate::kernels::{Isa, Shared, parallel, parallel_chunks};
 use crate::pool::Buffer;
 use crate::reference;
 
@@ -232,7 +231,7 @@ impl Function<2> for MarginHead {
         let (parts, part_blocks) = Self::parts(classes);
         let mut found = vec![[f32::NEG_INFINITY, 0.0, 0.0]; parts * n];
         let blocks = classes.div_ceil(CLASS_BLOCK);
-        found.par_chunks_mut(n).enumerate().for_each(|(part, found)| {
+        parallel_chunks(&mut found, n, |part, found| {
             let part = part * part_blocks..blocks.min((part + 1) * part_blocks);
             self.blocks(
                 part,

@@ -2,10 +2,10 @@
 
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
 use crate::backend::{Function, apply1, dims, small_tensor, tensor, values};
 use crate::feature_map::is_cpu;
+use crate::kernels::parallel_chunks;
 use crate::pool::Buffer;
 use crate::{Conv2dOptions, FeatureMap, conv2d, reference, scale_channels};
 
@@ -53,27 +53,30 @@ impl Function<1> for Energy {
 
     fn forward(&self, [weight]: [FlexTensor; 1]) -> (FlexTensor, FlexTensor) {
         let [o, i, kh, kw] = dims(&weight);
-        let energy: Vec<f32> = values(&weight)
-            .par_chunks_exact(kh * kw)
-            .with_min_len(PAIRS)
-            .map(|taps| taps.iter().map(|tap| tap * tap).sum())
-            .collect();
+        let (taps, from) = (kh * kw, values(&weight));
+        let mut energy = vec![0.0; o * i];
+        parallel_chunks(&mut energy, PAIRS, |task, energy| {
+            let weight = &from[task * PAIRS * taps..][..energy.len() * taps];
+            for (energy, taps) in energy.iter_mut().zip(weight.chunks_exact(taps)) {
+                *energy = taps.iter().map(|tap| tap * tap).sum();
+            }
+        });
         (small_tensor(&energy, [o, i]), weight)
     }
 
     fn backward(&self, weight: FlexTensor, dy: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
         let shape @ [_, _, kh, kw] = dims(&weight);
-        let (weight, dy) = (values(&weight), values(&dy));
+        let (weight, dy, taps) = (values(&weight), values(&dy), kh * kw);
         let mut dw = Buffer::take(weight.len());
-        dw.par_chunks_exact_mut(kh * kw)
-            .zip(weight.par_chunks_exact(kh * kw))
-            .zip(dy.par_iter())
-            .with_min_len(PAIRS)
-            .for_each(|((dw, weight), dy)| {
+        parallel_chunks(&mut dw, PAIRS * taps, |task, dw| {
+            let weight = &weight[task * PAIRS * taps..];
+            let pairs = dw.chunks_exact_mut(taps).zip(weight.chunks_exact(taps));
+            for ((dw, weight), dy) in pairs.zip(&dy[task * PAIRS..]) {
                 for (dw, weight) in dw.iter_mut().zip(weight) {
                     *dw = 2.0 * dy * weight;
                 }
-            });
+            }
+        });
         [Some(tensor(dw, shape))]
     }
 }

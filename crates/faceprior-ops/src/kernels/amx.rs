@@ -695,7 +695,7 @@ mod tests {
             b_block: SIDE,
             c_block: SIDE,
             matrices: Some(parts),
-            b_follows: false,
+            b_next: None,
         };
         let blocks = COLUMNS / SIDE;
         assert!(suits(&rows, blocks, runs, strides));

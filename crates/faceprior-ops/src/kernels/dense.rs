@@ -198,7 +198,7 @@ impl Kernel for Columns<'_> {
                 b_block: BLOCK,
                 c_block: BLOCK,
                 matrices: None,
-                b_follows: false,
+                b_next: None,
             },
         );
         let runs = Runs {

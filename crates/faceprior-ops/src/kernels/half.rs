@@ -1,8 +1,7 @@
 //! bfloat16: the upper half of an f32, for what has to wait in memory.
 
-use rayon::prelude::*;
-
 use super::lanes::{Isa, Kernel, Lanes};
+use super::parallel_chunks;
 
 /// Values of one task.
 const TASK_VALUES: usize = 64 << 10;
@@ -10,19 +9,19 @@ const TASK_VALUES: usize = 64 << 10;
 /// Rounds to the nearest bfloat16, ties to even; what is not a number stays none.
 pub(crate) fn round(isa: Isa, values: &[f32], halves: &mut [u16]) {
     assert_eq!(values.len(), halves.len());
-    let parts = values.par_chunks(TASK_VALUES);
-    parts
-        .zip(halves.par_chunks_mut(TASK_VALUES))
-        .for_each(|(values, to)| isa.run(Round { values, to }));
+    parallel_chunks(halves, TASK_VALUES, |task, to| {
+        let values = &values[task * TASK_VALUES..][..to.len()];
+        isa.run(Round { values, to });
+    });
 }
 
 /// The values of bfloat16s, which is exact.
 pub(crate) fn widen(isa: Isa, halves: &[u16], values: &mut [f32]) {
     assert_eq!(values.len(), halves.len());
-    let parts = halves.par_chunks(TASK_VALUES);
-    parts
-        .zip(values.par_chunks_mut(TASK_VALUES))
-        .for_each(|(halves, to)| isa.run(Widen { halves, to }));
+    parallel_chunks(values, TASK_VALUES, |task, to| {
+        let halves = &halves[task * TASK_VALUES..][..to.len()];
+        isa.run(Widen { halves, to });
+    });
 }
 
 struct Round<'a> {

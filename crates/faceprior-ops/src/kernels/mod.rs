@@ -13,6 +13,7 @@ mod amx;
 #[path = "no_amx.rs"]
 mod amx;
 mod cells;
+pub(crate) mod crew;
 pub(crate) mod dense;
 pub(crate) mod depthwise;
 pub(crate) mod direct;
@@ -31,20 +32,12 @@ pub(crate) mod update;
 pub(crate) mod weights;
 pub(crate) mod winograd;
 
+pub(crate) use crew::{parallel, parallel_chunks};
 pub(crate) use lanes::Isa;
 use lanes::Lanes;
-use rayon::prelude::*;
 
 /// Channels of one block of the layout.
 pub(crate) const BLOCK: usize = 16;
-
-/// Runs `task(0)` … `task(count - 1)` on rayon's threads.
-pub(crate) fn parallel(count: usize, task: impl Fn(usize) + Send + Sync) {
-    match count {
-        1 => task(0),
-        _ => (0..count).into_par_iter().for_each(task),
-    }
-}
 
 /// A pointer into a buffer of which every task writes its own part.
 #[derive(Clone, Copy)]

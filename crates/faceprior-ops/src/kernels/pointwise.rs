@@ -3,10 +3,8 @@
 //! All of them share [`pointwise`]: a loop over planes of sixteen channels that reads some maps, writes one, and adds
 //! up terms. What is done to a value is an [`Op`].
 
-use rayon::prelude::*;
-
 use super::lanes::{Isa, Kernel, Lanes};
-use super::{BLOCK, Shared, parallel};
+use super::{BLOCK, Shared, parallel, parallel_chunks};
 use crate::pool::Buffer;
 
 /// What happens to one value: `INPUTS` maps and `CONSTANTS` values of the channel in, a value and `SUMS` terms out.
@@ -187,7 +185,7 @@ where
 }
 
 /// Moments of each channel over one plane.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Moments {
     /// About the mean, rounded as it is.
     pub(crate) centre: [f32; BLOCK],
@@ -201,9 +199,12 @@ pub(crate) struct Moments {
 /// lose no digits to a large common mean.
 pub(crate) fn moments(isa: Isa, planes: usize, x: &[f32]) -> Vec<Moments> {
     let plane = x.len() / planes;
-    x.par_chunks_exact(plane)
-        .map(|x| isa.run(PlaneMoments { x }))
-        .collect()
+    let mut moments = vec![Moments::default(); planes];
+    parallel_chunks(&mut moments, 1, |task, moments| {
+        let x = &x[task * plane..(task + 1) * plane];
+        moments.fill(isa.run(PlaneMoments { x }));
+    });
+    moments
 }
 
 struct PlaneMoments<'a> {
@@ -216,11 +217,7 @@ impl Kernel for PlaneMoments<'_> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) -> Moments {
         let (x, length) = (self.x.as_ptr(), self.x.len());
-        let mut moments = Moments {
-            centre: [0.0; BLOCK],
-            offset: [0.0; BLOCK],
-            square: [0.0; BLOCK],
-        };
+        let mut moments = Moments::default();
         // SAFETY: the caller promises the instructions; a plane is a whole number of vectors.
         unsafe {
             let scale = L::splat(BLOCK as f32 / length as f32);

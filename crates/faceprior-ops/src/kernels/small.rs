@@ -197,7 +197,7 @@ impl Kernel for Convolve<'_> {
             b_block: BLOCK,
             c_block: BLOCK,
             matrices: None,
-            b_follows: false,
+            b_next: None,
         };
         let ends = BiasAndPrelu {
             bias: packed.bias.as_ptr(),

@@ -26,9 +26,9 @@ pub(crate) struct Strides {
     pub(crate) c_block: usize,
     /// Where the product may be for the processor's matrix unit, the parts of its factors.
     pub(crate) matrices: Option<Parts>,
-    /// Whether what is multiplied next lies in memory behind each part of a block of B: then it is asked for while that
-    /// part is at work.
-    pub(crate) b_follows: bool,
+    /// From B to the B of the product that comes next, whose blocks lie alike, where that is known. Then each part of B
+    /// is asked for while the one before it is at work.
+    pub(crate) b_next: Option<usize>,
 }
 
 /// Where a row of the product starts in A and in C.
@@ -187,7 +187,7 @@ pub(crate) unsafe fn multiply_panel<L: Lanes>(
     blocks: usize,
     c: *mut f32,
     c_block: usize,
-    follows: bool,
+    next: Option<usize>,
     accumulate: bool,
 ) {
     let runs = Runs {
@@ -200,7 +200,7 @@ pub(crate) unsafe fn multiply_panel<L: Lanes>(
         b_block: shape.block(),
         c_block,
         matrices: None,
-        b_follows: follows,
+        b_next: next,
     };
     let b = panel.wrapping_add(shape.start(first_block));
     // SAFETY: the caller's promise.
@@ -236,7 +236,17 @@ pub(crate) unsafe fn multiply_between<L: Lanes>(
     ends: impl Ends<L>,
 ) {
     for first in (0..blocks).step_by(L::TILE_BLOCKS) {
-        let blocks = L::TILE_BLOCKS.min(blocks - first);
+        let left = blocks - first;
+        let blocks = L::TILE_BLOCKS.min(left);
+        let strides = Strides {
+            b_next: match strides.b_next {
+                // What comes after the last columns is a distance from the first.
+                Some(next) if left == blocks => Some(next.wrapping_sub(first * strides.b_block)),
+                Some(_) => Some(L::TILE_BLOCKS * strides.b_block),
+                None => None,
+            },
+            ..strides
+        };
         let (b, c) = (
             b.wrapping_add(first * strides.b_block),
             c.wrapping_add(first * strides.c_block),
@@ -344,22 +354,21 @@ unsafe fn multiply_part<L: Lanes>(
     let tallest = if blocks == 1 { L::TILE_ROWS } else { WIDE_ROWS };
     let groups = rows.len().div_ceil(tallest);
     // Cache lines of each block of the next part for each group of rows to ask for.
-    let lines = if strides.b_follows && groups >= AHEAD_GROUPS {
-        (runs.offsets.len() * runs.length).div_ceil(groups)
-    } else {
-        0
+    let lines = match strides.b_next {
+        Some(_) if groups >= AHEAD_GROUPS => (runs.offsets.len() * runs.length).div_ceil(groups),
+        _ => 0,
     };
-    let (_, last) = runs.offsets.last().copied().unwrap_or_default();
-    let mut next = b.wrapping_add(last + runs.length * strides.b_inner);
+    let next = match (strides.b_next, part[1], runs.offsets.last()) {
+        (Some(next), true, _) => b.wrapping_add(next),
+        (_, _, Some((_, last))) => b.wrapping_add(last + runs.length * strides.b_inner),
+        (_, _, None) => b,
+    };
     let mut row = 0;
     for group in 0..groups {
-        for _ in 0..lines {
-            for block in 0..blocks {
-                // SAFETY: the caller promises the instructions.
-                unsafe { L::prefetch(next.wrapping_add(block * strides.b_block)) };
-            }
-            next = next.wrapping_add(BLOCK);
-        }
+        let ahead = Ahead {
+            lines,
+            from: next.wrapping_add(group * lines * BLOCK),
+        };
         let height = (rows.len() - row).div_ceil(groups - group);
         let rows = &rows[row..row + height];
         // SAFETY: the caller's promise.
@@ -367,14 +376,24 @@ unsafe fn multiply_part<L: Lanes>(
             macro_rules! dispatch {
                 ($blocks:literal blocks, $tallest:expr) => {
                     match height {
-                        8 if $tallest >= 8 => tile::<L, 8, $blocks>(rows, runs, strides, a, b, c, ends, part),
-                        7 if $tallest >= 8 => tile::<L, 7, $blocks>(rows, runs, strides, a, b, c, ends, part),
-                        6 if $tallest >= 6 => tile::<L, 6, $blocks>(rows, runs, strides, a, b, c, ends, part),
-                        5 if $tallest >= 6 => tile::<L, 5, $blocks>(rows, runs, strides, a, b, c, ends, part),
-                        4 if $tallest >= 6 => tile::<L, 4, $blocks>(rows, runs, strides, a, b, c, ends, part),
-                        3 => tile::<L, 3, $blocks>(rows, runs, strides, a, b, c, ends, part),
-                        2 => tile::<L, 2, $blocks>(rows, runs, strides, a, b, c, ends, part),
-                        _ => tile::<L, 1, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        8 if $tallest >= 8 => {
+                            tile::<L, 8, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead)
+                        }
+                        7 if $tallest >= 8 => {
+                            tile::<L, 7, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead)
+                        }
+                        6 if $tallest >= 6 => {
+                            tile::<L, 6, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead)
+                        }
+                        5 if $tallest >= 6 => {
+                            tile::<L, 5, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead)
+                        }
+                        4 if $tallest >= 6 => {
+                            tile::<L, 4, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead)
+                        }
+                        3 => tile::<L, 3, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead),
+                        2 => tile::<L, 2, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead),
+                        _ => tile::<L, 1, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead),
                     }
                 };
             }
@@ -392,6 +411,13 @@ unsafe fn multiply_part<L: Lanes>(
     }
 }
 
+/// Cache lines of each block of B to ask for while a tile is at work.
+#[derive(Clone, Copy)]
+struct Ahead {
+    lines: usize,
+    from: *const f32,
+}
+
 /// One register tile of `ROWS` rows and `BLOCKS`·16 columns.
 ///
 /// # Safety
@@ -406,6 +432,7 @@ unsafe fn tile<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
     c: *mut f32,
     ends: impl Ends<L>,
     [first, last]: [bool; 2],
+    mut ahead: Ahead,
 ) {
     // Offsets are computed once and added without overflow checks, which debug builds would otherwise make in the
     // innermost loop.
@@ -428,6 +455,13 @@ unsafe fn tile<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
         for &(a_offset, b_offset) in runs.offsets {
             let (mut a, mut b) = (a.wrapping_add(a_offset), b.wrapping_add(b_offset));
             for _ in 0..runs.length / UNROLLED {
+                if ahead.lines > 0 {
+                    ahead.lines -= 1;
+                    for block in b_blocks {
+                        L::prefetch(ahead.from.wrapping_add(block));
+                    }
+                    ahead.from = ahead.from.wrapping_add(BLOCK);
+                }
                 for _ in 0..UNROLLED {
                     add_term(&mut sums, a, a_rows, b, b_blocks);
                     a = a.wrapping_add(strides.a_inner);

@@ -53,7 +53,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
         threads,
     };
     // On one of the pool's own threads: a kernel called from outside would have to wake the pool and be woken by it.
-    rayon::scope(|_| execute(&context, arguments.command))
+    faceprior::ops::lead(|| execute(&context, arguments.command))
 }
 
 /// Stack of a thread: what the system gives a program's first one.

@@ -318,7 +318,7 @@ impl Kernel for WeightGradientTask<'_> {
             b_block: dy.plane(),
             c_block: BLOCK,
             matrices,
-            b_follows: false,
+            b_next: None,
         };
         let rows: Vec<_> = (taps.start * inputs..taps.end * inputs)
             .map(|row| {

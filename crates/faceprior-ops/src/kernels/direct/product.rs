@@ -317,7 +317,7 @@ impl Kernel for ProductTask<'_> {
                     blocks.len(),
                     c,
                     outputs.plane,
-                    true,
+                    Some(0),
                     false,
                 );
             }

@@ -321,11 +321,27 @@ impl<F: Form> Kernel for Chunk<'_, F> {
                 let blocks = L::TILE_BLOCKS.min(all_blocks.end - first);
                 for at in 0..grid.points() {
                     let weight = weight.as_ptr().wrapping_add(at * point);
+                    // The next point's weight, or the next columns' at the first.
+                    let next = if at + 1 < grid.points() {
+                        point
+                    } else {
+                        panel.start(L::TILE_BLOCKS).wrapping_sub(at * point)
+                    };
                     for (entry, having) in form.meeting(at, &tiles) {
                         let (a, c) = (v.wrapping_add(entry * v_entry), m.wrapping_add(entry * m_entry));
                         let rows = &rows[having];
                         multiply_panel::<L>(
-                            rows, &runs, a, panel, weight, first, blocks, c, BLOCK, true, false,
+                            rows,
+                            &runs,
+                            a,
+                            panel,
+                            weight,
+                            first,
+                            blocks,
+                            c,
+                            BLOCK,
+                            Some(next),
+                            false,
                         );
                     }
                 }

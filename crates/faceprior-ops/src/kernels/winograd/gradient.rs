@@ -244,7 +244,7 @@ unsafe fn add_point<L: Lanes>(
             b_block: block,
             c_block: BLOCK,
             matrices: view.matrices,
-            b_follows: false,
+            b_next: None,
         };
         let (a, b) = (
             view.inputs.at(inputs.start * block),

@@ -169,7 +169,7 @@ impl<F: Form> Kernel for Outputs<'_, F> {
                             blocks.len(),
                             sums.wrapping_add(at * sums_entry),
                             BLOCK,
-                            false,
+                            None,
                             first > 0,
                         );
                     }
