@@ -46,8 +46,8 @@ pub(super) fn sum<F: GradientForm>(isa: Isa, form: F, maps: Pair, dw: &mut [f32]
     assert_eq!(maps.dy.len(), shape.n * out_blocks * to);
     assert_eq!(dw.len(), shape.i * shape.o * 9);
 
-    // With few channels a part of the tiles has sums of its own, which stay in the cache while its tiles stream past.
-    // With many, the sums are the large thing. Tasks divide them: all tiles at once by channels, so that sums become taps
+    // With few channels a part of the tiles has sums of its own, which stay in the cache while its tiles stream past: all of
+    // them, or those of a group of outputs. With many, the sums are the large thing. Tasks divide them: all tiles at once by channels, so that sums become taps
     // where they are made, or, with more tiles than that suits, by points. Either way a sum is one chain over all tiles.
     let size = POINTS * sums_point(shape);
     let [in_groups, out_groups] = groups(shape);
@@ -59,29 +59,31 @@ pub(super) fn sum<F: GradientForm>(isa: Isa, form: F, maps: Pair, dw: &mut [f32]
         sum_by_squares(isa, form, maps, dw);
         return;
     }
-    let parts = if size <= PRIVATE_FLOATS {
-        tiles.div_ceil(PART_TILES).min(MAX_PARTS)
-    } else {
-        1
-    };
-    let mut sums = Buffer::take(parts * size);
-    if parts == 1 {
-        sum_by_points(isa, form, maps, &mut sums);
-    } else {
-        let part_tiles = tiles.div_ceil(parts);
-        let all = Shared::new(&mut sums);
-        parallel(parts, |part| {
-            let first_tile = (part * part_tiles).min(tiles);
-            let last_tile = (first_tile + part_tiles).min(tiles);
-            isa.run(GradientPart {
-                form,
-                maps,
-                sums: all,
-                start: part * size,
-                first_tile,
-                last_tile,
+    let shares = [1, out_groups]
+        .into_iter()
+        .find(|shares| size <= shares * PRIVATE_FLOATS);
+    let parts = shares.map_or(1, |shares| tiles.div_ceil(PART_TILES).min(MAX_PARTS / shares));
+    let mut sums = Buffer::take(parts.max(1) * size);
+    match shares {
+        Some(shares) if parts > 1 => {
+            let part_tiles = tiles.div_ceil(parts);
+            let share_blocks = out_blocks.div_ceil(shares);
+            let all = Shared::new(&mut sums);
+            parallel(parts * shares, |task| {
+                let (part, share) = (task / shares, task % shares);
+                let first_tile = (part * part_tiles).min(tiles);
+                let last_tile = (first_tile + part_tiles).min(tiles);
+                isa.run(GradientPart {
+                    form,
+                    maps,
+                    sums: all,
+                    start: part * size,
+                    tiles: first_tile..last_tile,
+                    outputs: share * share_blocks..out_blocks.min((share + 1) * share_blocks),
+                });
             });
-        });
+        }
+        _ => sum_by_points(isa, form, maps, &mut sums),
     }
 
     let dw = Shared::new(dw);
@@ -122,9 +124,10 @@ fn groups(shape: Shape) -> [usize; 2] {
     all_blocks(shape).map(|blocks| blocks.len().div_ceil(GROUP))
 }
 
-/// Floats of sums that a part has for itself: with its tiles they stay in a second-level cache of 2 MiB.
+/// Floats of sums that a part, or its share of outputs, has for itself: with its tiles they stay in a second-level cache of 2 MiB.
 const PRIVATE_FLOATS: usize = POINTS * (64 * 64 + BLOCK);
 const PART_TILES: usize = 128;
+/// Times shares.
 const MAX_PARTS: usize = 16;
 
 /// Entries of the inputs and output gradients of some tiles, for a sum over tiles.
@@ -182,7 +185,8 @@ struct TilesView {
     capacity: usize,
 }
 
-/// Makes the tiles `first_tile + from .. first_tile + to` into entries in places `from .. to`.
+/// Makes the tiles `first_tile + from .. first_tile + to` of some blocks of inputs and of outputs into entries in places
+/// `from .. to`.
 ///
 /// # Safety
 /// Instructions of `L`; maps and view are of the form; no other task writes these places.
@@ -193,6 +197,7 @@ unsafe fn to_entries<L: Lanes>(
     view: TilesView,
     first_tile: usize,
     places: Range<usize>,
+    [inputs, outputs]: [Range<usize>; 2],
 ) {
     let grid = form.grid();
     let [in_blocks, out_blocks] = all_blocks(grid.shape).map(|blocks| blocks.len());
@@ -201,11 +206,11 @@ unsafe fn to_entries<L: Lanes>(
         let to = |block: usize| (block * view.capacity + at) * BLOCK;
         // SAFETY: the caller's promise.
         unsafe {
-            for block in 0..in_blocks {
+            for block in inputs.clone() {
                 let plane = place.picture * in_blocks + block;
                 form.read_tile::<L>(maps.x, plane, place, view.inputs.at(to(block)), view.input_entry);
             }
-            for block in 0..out_blocks {
+            for block in outputs.clone() {
                 let (plane, to) = (place.picture * out_blocks + block, view.outputs.at(to(block)));
                 form.read_gradient_tile::<L>(maps.dy, plane, place, to, view.output_entry);
             }
@@ -214,7 +219,7 @@ unsafe fn to_entries<L: Lanes>(
 }
 
 /// Adds the products at one point of some tiles' entries, in their places from the first on, of some blocks of inputs and of
-/// outputs, to their sums `[inputs, outputs]`.
+/// outputs, to their sums `[inputs, outputs]`, of which rows are `columns` apart.
 ///
 /// # Safety
 /// Instructions of `L`; the view holds the blocks of these tiles; nobody else writes the sums.
@@ -226,9 +231,10 @@ unsafe fn add_point<L: Lanes>(
     point: usize,
     [inputs, outputs]: [Range<usize>; 2],
     sums: *mut f32,
+    columns: usize,
     accumulate: bool,
 ) {
-    let (columns, block) = (outputs.len() * BLOCK, view.capacity * BLOCK);
+    let block = view.capacity * BLOCK;
     let rows: Vec<_> = (0..inputs.len() * BLOCK)
         .map(|input| Row {
             a: input / BLOCK * block + input % BLOCK,
@@ -275,14 +281,14 @@ unsafe fn add_point<L: Lanes>(
     }
 }
 
-/// A part of the tiles, summed into sums of its own.
+/// A part of the tiles and some blocks of outputs, summed into sums of its own.
 struct GradientPart<'a, F> {
     form: F,
     maps: Pair<'a>,
     sums: Shared,
     start: usize,
-    first_tile: usize,
-    last_tile: usize,
+    tiles: Range<usize>,
+    outputs: Range<usize>,
 }
 
 /// Entries that fit the second-level cache beside the sums of a part.
@@ -298,34 +304,41 @@ impl<F: GradientForm> Kernel for GradientPart<'_, F> {
             maps,
             sums,
             start,
-            first_tile,
-            last_tile,
+            tiles,
+            outputs,
         } = self;
         let shape = form.grid().shape;
         let (sums_point, capacity) = (sums_point(shape), PART_CHUNK_ENTRIES / form.entries());
-        let mut tiles = GradientTiles::new(form, capacity);
+        let mut scratch = GradientTiles::new(form, capacity);
         // On the registers: with few channels packing would cost more than the matrix unit saves.
-        let view = tiles.view(capacity);
-        // SAFETY: the caller promises the instructions; the scratch is this task's, and so are the sums of its part.
+        let view = scratch.view(capacity);
+        let columns = shape.o.next_multiple_of(BLOCK);
+        let blocks = [0..shape.i.div_ceil(BLOCK), outputs];
+        let sums = sums.at(start + blocks[1].start * BLOCK);
+        // SAFETY: the caller promises the instructions; the scratch is this task's, and so are the sums of its part and outputs.
         unsafe {
-            if first_tile == last_tile {
-                for offset in 0..POINTS * sums_point {
-                    *sums.at(start + offset) = 0.0;
+            if tiles.is_empty() {
+                for row in 0..POINTS * blocks[0].len() * BLOCK {
+                    let (point, row) = (row / (blocks[0].len() * BLOCK), row % (blocks[0].len() * BLOCK));
+                    for block in 0..blocks[1].len() {
+                        let at = point * sums_point + row * columns + block * BLOCK;
+                        L::zero().store(sums.wrapping_add(at));
+                    }
                 }
             }
-            for first in (first_tile..last_tile).step_by(capacity) {
-                let chunk = first..last_tile.min(first + capacity);
-                to_entries::<L>(form, maps, view, first, 0..chunk.len());
+            for first in tiles.clone().step_by(capacity) {
+                let chunk = first..tiles.end.min(first + capacity);
+                to_entries::<L>(form, maps, view, first, 0..chunk.len(), blocks.clone());
                 for point in 0..POINTS {
-                    let sums = sums.at(start + point * sums_point);
                     add_point::<L>(
                         form,
                         view,
                         &chunk,
                         point,
-                        all_blocks(shape),
-                        sums,
-                        first > first_tile,
+                        blocks.clone(),
+                        sums.wrapping_add(point * sums_point),
+                        columns,
+                        first > tiles.start,
                     );
                 }
             }
@@ -401,7 +414,16 @@ impl<F: GradientForm> Kernel for ToEntries<'_, F> {
             places,
         } = self;
         // SAFETY: the caller promises the instructions; tasks have disjoint places.
-        unsafe { to_entries::<L>(form, maps, view, first_tile, places) }
+        unsafe {
+            to_entries::<L>(
+                form,
+                maps,
+                view,
+                first_tile,
+                places,
+                all_blocks(form.grid().shape),
+            )
+        }
     }
 }
 
@@ -431,7 +453,17 @@ impl<F: Form> Kernel for AddPoint<'_, F> {
         // SAFETY: the caller promises the instructions; each task has a point of its own.
         unsafe {
             let sums = sums.at(point * sums_point(shape));
-            add_point::<L>(form, view, tiles, point, all_blocks(shape), sums, accumulate);
+            let columns = shape.o.next_multiple_of(BLOCK);
+            add_point::<L>(
+                form,
+                view,
+                tiles,
+                point,
+                all_blocks(shape),
+                sums,
+                columns,
+                accumulate,
+            );
         }
     }
 }
@@ -586,7 +618,7 @@ impl<F: Form> Kernel for GradientSquare<F> {
             for at in 0..POINTS {
                 let sums = sums.as_mut_ptr().wrapping_add(at * point);
                 let blocks = [inputs.clone(), outputs.clone()];
-                add_point::<L>(form, view, &(0..grid.tiles()), at, blocks, sums, false);
+                add_point::<L>(form, view, &(0..grid.tiles()), at, blocks, sums, columns, false);
             }
             for in_block in inputs.clone() {
                 for block in outputs.clone() {

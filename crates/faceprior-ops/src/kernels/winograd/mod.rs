@@ -169,14 +169,20 @@ mod tests {
         }
     }
 
-    /// Both ways to sum weight gradients over many tiles: several parts, and all tiles by points in several rounds. And
+    /// The ways to sum weight gradients over many tiles: several parts, those of groups of outputs, and all tiles by points in
+    /// several rounds. And
     /// all passes on the matrix unit in two parts: what these leave out of a float grows with the transforms, as every
     /// rounding does.
     #[test]
     fn passes_over_many_tiles_agree_with_the_direct_form() {
         use crate::kernels::direct;
 
-        for (n, i, o, h, w) in [(2, 16, 32, 41, 43), (5, 160, 144, 29, 30), (5, 160, 224, 29, 30)] {
+        for (n, i, o, h, w) in [
+            (2, 16, 32, 41, 43),
+            (5, 48, 144, 33, 30),
+            (5, 160, 144, 29, 30),
+            (5, 160, 224, 29, 30),
+        ] {
             let (x, dy) = (normal(n * i * h * w, 1), normal(n * o * h * w, 2));
             let weight = normal(o * i * 9, 3);
             let geometry = Geometry {
@@ -241,6 +247,7 @@ mod tests {
             (3, 32, 80, 30, 22),
             (2, 192, 192, 7, 9),
             (4, 70, 96, 23, 24),
+            (4, 48, 144, 33, 30),
             (2, 260, 272, 7, 6),
         ];
         let sets = [Isa::best(), Isa::best().for_rounded()];
