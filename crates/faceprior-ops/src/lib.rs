@@ -60,7 +60,7 @@ pub use margin::{TargetMargin, margin_cross_entropy, margin_logits};
 pub use modulation::modulated_conv2d;
 pub use normalization::{BatchStatistics, batch_norm, batch_norm_train};
 pub use resampling::{downsample_smooth, max_pool2d, subsample, upsample_smooth};
-pub use update::{AdamStep, SgdStep, adam_step, moving_average, sgd_step};
+pub use update::{AdamStep, RangerStep, SgdStep, adam_step, moving_average, ranger_step, sgd_step};
 
 /// The instruction set that the CPU kernels use: `amx`, `avx512`, `avx2` or `portable`. The best of the processor, unless the
 /// environment variable `FACEPRIOR_ISA` names another.

@@ -113,6 +113,97 @@ impl Rule<2> for AdamStep {
     }
 }
 
+/// A step of Ranger: gradient centralisation (Yong et al. 2020), RAdam (Liu et al. 2020, algorithm 2), Lookahead (Zhang et al.
+/// 2019).
+#[derive(Clone, Copy, Debug)]
+pub struct RangerStep {
+    /// Neighbouring gradients, all of an output's, whose mean is taken from them; `None` leaves them as they are.
+    pub centred: Option<usize>,
+    /// β₁ and β₂
+    pub betas: [f64; 2],
+    /// ε where the step is rectified; `None` before the second moment can be trusted, when steps go by the first alone.
+    pub eps: Option<f64>,
+    /// 1 − ηλ
+    pub decay: f64,
+    /// η·r/(1 − β₁ᵗ), with r = 1 where nothing is rectified.
+    pub step_size: f64,
+    /// α, in steps in which the slow weights move.
+    pub lookahead: Option<f64>,
+}
+
+/// g ← g − mean(g); m ← β₁m + (1−β₁)g; v ← β₂v + (1−β₂)g²; p ← decay·p − step_size · m/(√v + ε), or step_size · m; where
+/// Lookahead moves, s ← s + α(p − s) and p ← s. Returns the parameter, both moments, which begin as zeros, and the slow
+/// weights, which begin as the parameter.
+///
+/// # Shapes
+/// All `[N]`.
+pub fn ranger_step(
+    p: Tensor<1>,
+    g: Tensor<1>,
+    [m, v, slow]: [Tensor<1>; 3],
+    step: RangerStep,
+) -> (Tensor<1>, [Tensor<1>; 3]) {
+    if has_kernel(&p) {
+        return centred_on_cpu(step, p, g, step.centred, [m, v, slow]);
+    }
+    plain_ranger(p, g, [m, v, slow], step)
+}
+
+fn plain_ranger(
+    p: Tensor<1>,
+    g: Tensor<1>,
+    [m, v, slow]: [Tensor<1>; 3],
+    step: RangerStep,
+) -> (Tensor<1>, [Tensor<1>; 3]) {
+    let [beta1, beta2] = step.betas;
+    let g = match step.centred {
+        Some(row) => {
+            let length = g.dims()[0];
+            let rows = g.reshape([length / row, row]);
+            (rows.clone() - rows.mean_dim(1)).reshape([length])
+        }
+        None => g,
+    };
+    let m = m.mul_scalar(beta1).add(g.clone().mul_scalar(1.0 - beta1));
+    let v = v.mul_scalar(beta2).add(g.square().mul_scalar(1.0 - beta2));
+    let direction = match step.eps {
+        Some(eps) => m.clone().div(v.clone().sqrt().add_scalar(eps)),
+        None => m.clone(),
+    };
+    let p = p.mul_scalar(step.decay).sub(direction.mul_scalar(step.step_size));
+    match step.lookahead {
+        Some(alpha) => {
+            let slow = slow.clone().add(p.sub(slow).mul_scalar(alpha));
+            (slow.clone(), [m, v, slow])
+        }
+        None => (p, [m, v, slow]),
+    }
+}
+
+impl Rule<3> for RangerStep {
+    #[inline(always)]
+    unsafe fn apply<L: Lanes>(self, p: L, g: L, [m, v, slow]: &mut [L; 3]) -> L {
+        let [beta1, beta2] = self.betas;
+        // SAFETY: the caller promises the instructions of `L`.
+        unsafe {
+            *m = m.mul(splat(beta1)).add(g.mul(splat(1.0 - beta1)));
+            *v = v.mul(splat(beta2)).add(g.mul(g).mul(splat(1.0 - beta2)));
+            let direction = match self.eps {
+                Some(eps) => m.div(v.sqrt().add(splat(eps))),
+                None => *m,
+            };
+            let p = p.mul(splat(self.decay)).sub(direction.mul(splat(self.step_size)));
+            match self.lookahead {
+                Some(alpha) => {
+                    *slow = slow.add(p.sub(*slow).mul(splat(alpha)));
+                    *slow
+                }
+                None => p,
+            }
+        }
+    }
+}
+
 /// `decay·average + (1 − decay)·source`.
 ///
 /// # Shapes
@@ -153,6 +244,16 @@ fn on_cpu<const STATE: usize>(
     others: Tensor<1>,
     state: [Tensor<1>; STATE],
 ) -> (Tensor<1>, [Tensor<1>; STATE]) {
+    centred_on_cpu(rule, values_before, others, None, state)
+}
+
+fn centred_on_cpu<const STATE: usize>(
+    rule: impl Rule<STATE>,
+    values_before: Tensor<1>,
+    others: Tensor<1>,
+    centred: Option<usize>,
+    state: [Tensor<1>; STATE],
+) -> (Tensor<1>, [Tensor<1>; STATE]) {
     let (values_before, others) = (primitive(values_before), primitive(others));
     let mut state = state.map(|state| owned(primitive(state)));
     let mut to = Buffer::take(values(&values_before).len());
@@ -160,7 +261,7 @@ fn on_cpu<const STATE: usize>(
         .each_mut()
         .map(|state| state.try_storage_mut::<f32>().expect("a tensor with one owner"));
     let [from, others] = [values(&values_before), values(&others)];
-    update(Isa::best(), rule, from, others, in_place, &mut to);
+    update(Isa::best(), rule, from, others, centred, in_place, &mut to);
     let count = to.len();
     (wrapped(tensor(to, [count])), state.map(wrapped))
 }
@@ -247,12 +348,72 @@ mod tests {
         let [p, g, m, v] = [operand(1), operand(2), operand(3), operand(4).square()].map(values);
         let mut results = Isa::available().into_iter().map(|isa| {
             let (mut to, mut m, mut v) = (vec![f32::NAN; LENGTH], m.clone(), v.clone());
-            update(isa, step, &p, &g, [&mut m, &mut v], &mut to);
-            [to, m, v]
+            let (mut slow, mut ranger) = (p.clone(), vec![f32::NAN; LENGTH]);
+            update(isa, step, &p, &g, None, [&mut m, &mut v], &mut to);
+            let state = [&mut m, &mut v, &mut slow].map(|state| &mut state[..]);
+            update(isa, RANGER, &p, &g, RANGER.centred, state, &mut ranger);
+            [to, m, v, ranger, slow]
         });
         let best = results.next().expect("an instruction set");
         assert!(best.iter().flatten().all(|value| value.is_finite()));
         assert!(results.all(|other| other == best));
+    }
+
+    const RANGER: RangerStep = RangerStep {
+        centred: Some(LENGTH / 7),
+        betas: [0.95, 0.999],
+        eps: Some(1e-5),
+        decay: 0.99,
+        step_size: 0.02,
+        lookahead: Some(0.5),
+    };
+
+    /// But for the order in which a mean is summed.
+    #[test]
+    fn ranger_equals_its_plain_form() {
+        let (p, g, m) = (operand(1), operand(2).add_scalar(0.7), operand(3));
+        let (v, slow) = (operand(4).square().add_scalar(0.1), operand(5));
+        for step in [
+            RANGER,
+            RangerStep { eps: None, ..RANGER },
+            RangerStep {
+                lookahead: None,
+                ..RANGER
+            },
+            RangerStep {
+                centred: None,
+                ..RANGER
+            },
+            RangerStep {
+                centred: Some(1),
+                ..RANGER
+            },
+            RangerStep {
+                centred: Some(21),
+                ..RANGER
+            },
+        ] {
+            let state = [m.clone(), v.clone(), slow.clone()];
+            let (new, moved) = ranger_step(p.clone(), g.clone(), state.clone(), step);
+            let (plain, plain_moved) = plain_ranger(p.clone(), g.clone(), state, step);
+            let got = std::iter::once(new).chain(moved).flat_map(values);
+            let plain = std::iter::once(plain).chain(plain_moved).flat_map(values);
+            for (got, plain) in got.zip(plain) {
+                assert!(
+                    (got - plain).abs() <= 1e-6 * plain.abs().max(0.1),
+                    "{got} {plain} {step:?}"
+                );
+            }
+        }
+        let step = RangerStep {
+            centred: None,
+            ..RANGER
+        };
+        let state = [m, v, slow];
+        let (new, moved) = ranger_step(p.clone(), g.clone(), state.clone(), step);
+        let (plain, plain_moved) = plain_ranger(p, g, state, step);
+        assert_eq!(values(new), values(plain));
+        assert_eq!(moved.map(values), plain_moved.map(values));
     }
 
     /// State moves in place only where nobody else sees it.

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
 use faceprior_nets::weights::{Weights, WeightsError};
-use faceprior_ops::{AdamStep, SgdStep, adam_step, moving_average, sgd_step};
+use faceprior_ops::{AdamStep, RangerStep, SgdStep, adam_step, moving_average, ranger_step, sgd_step};
 
 /// A parameter as an optimiser sees it.
 #[derive(Clone, Copy, Debug)]
@@ -23,6 +23,8 @@ pub struct ParamRef<'a> {
     pub path: &'a str,
     /// Whether it is the scale or shift of a batch normalisation.
     pub batch_norm: bool,
+    /// Values of each output, where the parameter has more than one axis.
+    pub of_output: Option<usize>,
 }
 
 /// Everything decays but the parameters of BatchNorm: the rule of stage 3.
@@ -181,10 +183,6 @@ impl Rule {
         }
     }
 
-    fn centralises_gradients(&self) -> bool {
-        matches!(self, Rule::Ranger { .. })
-    }
-
     /// One flat parameter and its gradient; none of the tensors are tracked.
     fn update(
         &self,
@@ -229,40 +227,29 @@ impl Rule {
             }
             Rule::Ranger { weight_decay } => {
                 let [beta1, beta2] = RANGER_BETAS;
-                let (m, v, slow) = moments(slot, g, RANGER_BETAS);
-                let slow = slow.unwrap_or_else(|| p.clone());
-                let p = if weight_decay != 0.0 {
-                    p.mul_scalar(1.0 - rate * weight_decay)
-                } else {
-                    p
-                };
                 let n_max = 2.0 / (1.0 - beta2) - 1.0;
                 let decayed = beta2.powf(t);
                 let n = n_max - 2.0 * t * decayed / (1.0 - decayed);
                 let unbias = 1.0 / (1.0 - beta1.powf(t));
-                let step = if n > RANGER_N_SMA_THRESHOLD {
-                    let rectify = ((1.0 - decayed) * (n - 4.0) / (n_max - 4.0) * (n - 2.0) / n * n_max
-                        / (n_max - 2.0))
-                        .sqrt();
-                    let adapted = m.clone().div(v.clone().sqrt().add_scalar(RANGER_EPS));
-                    adapted.mul_scalar(rate * rectify * unbias)
-                } else {
-                    m.clone().mul_scalar(rate * unbias)
+                let rectified = (n > RANGER_N_SMA_THRESHOLD).then(|| {
+                    ((1.0 - decayed) * (n - 4.0) / (n_max - 4.0) * (n - 2.0) / n * n_max / (n_max - 2.0))
+                        .sqrt()
+                });
+                let step = RangerStep {
+                    centred: param.of_output,
+                    betas: RANGER_BETAS,
+                    eps: rectified.map(|_| RANGER_EPS),
+                    decay: 1.0 - rate * weight_decay,
+                    step_size: rate * rectified.unwrap_or(1.0) * unbias,
+                    lookahead: updates.is_multiple_of(LOOKAHEAD_K).then_some(LOOKAHEAD_ALPHA),
                 };
-                let p = p - step;
-                let (p, slow) = if updates.is_multiple_of(LOOKAHEAD_K) {
-                    let merged = slow.clone() + (p - slow).mul_scalar(LOOKAHEAD_ALPHA);
-                    (merged.clone(), merged)
-                } else {
-                    (p, slow)
+                let state = match slot {
+                    Some(_) => state_of(slot, &p),
+                    None => [p.zeros_like(), p.zeros_like(), p.clone()],
                 };
-                (
-                    p,
-                    Slot {
-                        updates,
-                        tensors: vec![m, v, slow],
-                    },
-                )
+                let (p, state) = ranger_step(p, g, state, step);
+                let tensors = state.to_vec();
+                (p, Slot { updates, tensors })
             }
         }
     }
@@ -272,26 +259,6 @@ impl Rule {
 fn state_of<const N: usize>(slot: Option<Slot>, like: &Tensor<1>) -> [Tensor<1>; N] {
     let mut tensors = slot.map_or_else(Vec::new, |slot| slot.tensors).into_iter();
     std::array::from_fn(|_| tensors.next().unwrap_or_else(|| like.zeros_like()))
-}
-
-/// Running first and second moment after a gradient, from 0; and the third tensor of the slot, if there was one.
-fn moments(
-    slot: Option<Slot>,
-    g: Tensor<1>,
-    [beta1, beta2]: [f64; 2],
-) -> (Tensor<1>, Tensor<1>, Option<Tensor<1>>) {
-    let squared = g.clone().square().mul_scalar(1.0 - beta2);
-    let weighted = g.mul_scalar(1.0 - beta1);
-    match slot {
-        Some(Slot { tensors, .. }) => {
-            let mut tensors = tensors.into_iter();
-            let (m, v) = (tensors.next(), tensors.next());
-            let m = m.map_or(weighted.clone(), |m| m.mul_scalar(beta1) + weighted);
-            let v = v.map_or(squared.clone(), |v| v.mul_scalar(beta2) + squared);
-            (m, v, tensors.next())
-        }
-        None => (weighted, squared, None),
-    }
 }
 
 struct Step<'a> {
@@ -311,14 +278,10 @@ impl ModuleMapper for Step<'_> {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let Some(mut gradient) = param.base().grad_remove(self.gradients) else {
+        let Some(gradient) = param.base().grad_remove(self.gradients) else {
             return param;
         };
         let rule = &self.optimizer.rule;
-        if rule.centralises_gradients() && D > 1 {
-            let mean = (1..D).fold(gradient.clone(), |mean, dim| mean.mean_dim(dim));
-            gradient = gradient - mean;
-        }
         let (id, value, mapper) = param.consume();
         let shape = value.dims();
         let size: usize = shape.iter().product();
@@ -329,6 +292,7 @@ impl ModuleMapper for Step<'_> {
             &ParamRef {
                 path: &path,
                 batch_norm: self.path.in_batch_norm(),
+                of_output: (D > 1).then(|| size / shape[0].max(1)),
             },
             value.without_autodiff().reshape([size]),
             gradient.reshape([size]),

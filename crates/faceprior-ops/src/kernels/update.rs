@@ -15,12 +15,14 @@ pub(crate) trait Rule<const STATE: usize>: Copy + Sync {
     unsafe fn apply<L: Lanes>(self, value: L, other: L, state: &mut [L; STATE]) -> L;
 }
 
-/// Applies a rule to a whole parameter: `to` becomes the new values, the state moves in place.
+/// Applies a rule to a whole parameter: `to` becomes the new values, the state moves in place. Where `centred` is a number,
+/// the mean of each so many `others` is taken from them first.
 pub(crate) fn update<const STATE: usize>(
     isa: Isa,
     rule: impl Rule<STATE>,
     values: &[f32],
     others: &[f32],
+    centred: Option<usize>,
     mut state: [&mut [f32]; STATE],
     to: &mut [f32],
 ) {
@@ -28,25 +30,34 @@ pub(crate) fn update<const STATE: usize>(
     assert!(others.len() == length && to.len() == length);
     assert!(state.iter().all(|state| state.len() == length));
     let (to, state) = (Shared::new(to), state.each_mut().map(|state| Shared::new(state)));
-    parallel(length.div_ceil(TASK_FLOATS), |task| {
-        isa.run(Part {
-            rule,
-            values,
-            others,
-            state,
-            to,
-            start: task * TASK_FLOATS,
-            end: length.min((task + 1) * TASK_FLOATS),
-        });
+    let rows = centred.unwrap_or(TASK_FLOATS).max(1);
+    let task_floats = (TASK_FLOATS / rows).max(1) * rows;
+    parallel(length.div_ceil(task_floats), |task| {
+        let end = length.min((task + 1) * task_floats);
+        for start in (task * task_floats..end).step_by(rows) {
+            isa.run(Part {
+                rule,
+                values,
+                others,
+                centred: centred.is_some(),
+                state,
+                to,
+                start,
+                end: end.min(start + rows),
+            });
+        }
     });
 }
 
 const TASK_FLOATS: usize = 32 << 10;
+/// Vectors that are added before they join the sum of a row.
+const SUM_VECTORS: usize = 64;
 
 struct Part<'a, R, const STATE: usize> {
     rule: R,
     values: &'a [f32],
     others: &'a [f32],
+    centred: bool,
     state: [Shared; STATE],
     to: Shared,
     start: usize,
@@ -62,17 +73,26 @@ impl<R: Rule<STATE>, const STATE: usize> Kernel for Part<'_, R, STATE> {
             rule,
             values,
             others,
+            centred,
             state,
             to,
             start,
             end,
         } = self;
+        let mean = if centred {
+            // SAFETY: the caller promises the instructions.
+            unsafe { mean::<L>(&others[start..end]) }
+        } else {
+            0.0
+        };
         let (values, others) = (values.as_ptr(), others.as_ptr());
         let whole = start + (end - start) / BLOCK * BLOCK;
         // SAFETY: the caller promises the instructions; `update` has checked the lengths; tasks have parts of their own.
         unsafe {
+            let mean = L::splat(mean);
             for at in (start..whole).step_by(BLOCK) {
-                let (value, other) = (L::load(values.wrapping_add(at)), L::load(others.wrapping_add(at)));
+                let value = L::load(values.wrapping_add(at));
+                let other = L::load(others.wrapping_add(at)).sub(mean);
                 let mut lanes = [L::zero(); STATE];
                 for (lanes, state) in lanes.iter_mut().zip(state) {
                     *lanes = L::load(state.at(at));
@@ -88,8 +108,9 @@ impl<R: Rule<STATE>, const STATE: usize> Kernel for Part<'_, R, STATE> {
                 for (lanes, state) in lanes.iter_mut().zip(state) {
                     *lanes = load_some(state.at(whole), rest);
                 }
-                let (value, other) = (values.wrapping_add(whole), others.wrapping_add(whole));
-                let value = rule.apply(load_some(value, rest), load_some::<L>(other, rest), &mut lanes);
+                let value = load_some(values.wrapping_add(whole), rest);
+                let other = load_some::<L>(others.wrapping_add(whole), rest).sub(mean);
+                let value = rule.apply(value, other, &mut lanes);
                 store_some(value, to.at(whole), rest);
                 for (lanes, state) in lanes.into_iter().zip(state) {
                     store_some(lanes, state.at(whole), rest);
@@ -97,6 +118,30 @@ impl<R: Rule<STATE>, const STATE: usize> Kernel for Part<'_, R, STATE> {
             }
         }
     }
+}
+
+/// The mean of some values, summed in one order whatever the instructions.
+///
+/// # Safety
+/// The processor has the instructions of `L`.
+#[inline(always)]
+unsafe fn mean<L: Lanes>(values: &[f32]) -> f32 {
+    let (vectors, rest) = values.as_chunks::<BLOCK>();
+    let mut total = [0.0; BLOCK];
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sum = L::zero();
+        for vectors in vectors.chunks(SUM_VECTORS) {
+            let mut some = L::zero();
+            for vector in vectors {
+                some = some.add(L::load(vector.as_ptr()));
+            }
+            sum = sum.add(some);
+        }
+        sum.store(total.as_mut_ptr());
+    }
+    let sum: f32 = total.iter().chain(rest).sum();
+    sum / values.len() as f32
 }
 
 /// Fewer than sixteen floats, and zeros.
