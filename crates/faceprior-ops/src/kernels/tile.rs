@@ -358,17 +358,20 @@ unsafe fn multiply_part<L: Lanes>(
         Some(_) if groups >= AHEAD_GROUPS => (runs.offsets.len() * runs.length).div_ceil(groups),
         _ => 0,
     };
-    let next = match (strides.b_next, part[1], runs.offsets.last()) {
+    let mut next = match (strides.b_next, part[1], runs.offsets.last()) {
         (Some(next), true, _) => b.wrapping_add(next),
         (_, _, Some((_, last))) => b.wrapping_add(last + runs.length * strides.b_inner),
         (_, _, None) => b,
     };
     let mut row = 0;
     for group in 0..groups {
-        let ahead = Ahead {
-            lines,
-            from: next.wrapping_add(group * lines * BLOCK),
-        };
+        for _ in 0..lines {
+            for block in 0..blocks {
+                // SAFETY: the caller promises the instructions.
+                unsafe { L::prefetch(next.wrapping_add(block * strides.b_block)) };
+            }
+            next = next.wrapping_add(BLOCK);
+        }
         let height = (rows.len() - row).div_ceil(groups - group);
         let rows = &rows[row..row + height];
         // SAFETY: the caller's promise.
@@ -376,24 +379,14 @@ unsafe fn multiply_part<L: Lanes>(
             macro_rules! dispatch {
                 ($blocks:literal blocks, $tallest:expr) => {
                     match height {
-                        8 if $tallest >= 8 => {
-                            tile::<L, 8, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead)
-                        }
-                        7 if $tallest >= 8 => {
-                            tile::<L, 7, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead)
-                        }
-                        6 if $tallest >= 6 => {
-                            tile::<L, 6, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead)
-                        }
-                        5 if $tallest >= 6 => {
-                            tile::<L, 5, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead)
-                        }
-                        4 if $tallest >= 6 => {
-                            tile::<L, 4, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead)
-                        }
-                        3 => tile::<L, 3, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead),
-                        2 => tile::<L, 2, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead),
-                        _ => tile::<L, 1, $blocks>(rows, runs, strides, a, b, c, ends, part, ahead),
+                        8 if $tallest >= 8 => tile::<L, 8, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        7 if $tallest >= 8 => tile::<L, 7, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        6 if $tallest >= 6 => tile::<L, 6, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        5 if $tallest >= 6 => tile::<L, 5, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        4 if $tallest >= 6 => tile::<L, 4, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        3 => tile::<L, 3, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        2 => tile::<L, 2, $blocks>(rows, runs, strides, a, b, c, ends, part),
+                        _ => tile::<L, 1, $blocks>(rows, runs, strides, a, b, c, ends, part),
                     }
                 };
             }
@@ -411,13 +404,6 @@ unsafe fn multiply_part<L: Lanes>(
     }
 }
 
-/// Cache lines of each block of B to ask for while a tile is at work.
-#[derive(Clone, Copy)]
-struct Ahead {
-    lines: usize,
-    from: *const f32,
-}
-
 /// One register tile of `ROWS` rows and `BLOCKS`·16 columns.
 ///
 /// # Safety
@@ -432,7 +418,6 @@ unsafe fn tile<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
     c: *mut f32,
     ends: impl Ends<L>,
     [first, last]: [bool; 2],
-    mut ahead: Ahead,
 ) {
     // Offsets are computed once and added without overflow checks, which debug builds would otherwise make in the
     // innermost loop.
@@ -455,13 +440,6 @@ unsafe fn tile<L: Lanes, const ROWS: usize, const BLOCKS: usize>(
         for &(a_offset, b_offset) in runs.offsets {
             let (mut a, mut b) = (a.wrapping_add(a_offset), b.wrapping_add(b_offset));
             for _ in 0..runs.length / UNROLLED {
-                if ahead.lines > 0 {
-                    ahead.lines -= 1;
-                    for block in b_blocks {
-                        L::prefetch(ahead.from.wrapping_add(block));
-                    }
-                    ahead.from = ahead.from.wrapping_add(BLOCK);
-                }
                 for _ in 0..UNROLLED {
                     add_term(&mut sums, a, a_rows, b, b_blocks);
                     a = a.wrapping_add(strides.a_inner);
