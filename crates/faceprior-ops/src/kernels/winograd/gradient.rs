@@ -46,12 +46,14 @@ pub(super) fn sum<F: GradientForm>(isa: Isa, form: F, maps: Pair, dw: &mut [f32]
     assert_eq!(maps.dy.len(), shape.n * out_blocks * to);
     assert_eq!(dw.len(), shape.i * shape.o * 9);
 
-    // With few channels a part of the tiles has sums of its own, which stay in the cache while its tiles stream past: all of
-    // them, or those of a group of outputs. With many, the sums are the large thing. Tasks divide them: all tiles at once by channels, so that sums become taps
-    // where they are made, or, with more tiles than that suits, by points. Either way a sum is one chain over all tiles.
+    // With few channels a part of the tiles has sums of its own, which stay in the cache while its tiles stream past: those
+    // of all outputs, or of a share of them. With many, the sums are the large thing. Tasks divide them: all tiles at once
+    // by channels, so that sums become taps where they are made, or, with more tiles than that suits, by points. Either way
+    // a sum is one chain over all tiles.
     let size = POINTS * sums_point(shape);
     let [in_groups, out_groups] = groups(shape);
-    if size > PRIVATE_FLOATS
+    let share_blocks = share_blocks(shape);
+    if share_blocks < out_blocks
         && tiles * form.entries() <= SHARED_CHUNK_ENTRIES
         && in_groups * out_groups >= rayon::current_num_threads()
         && isa.matrices().is_none()
@@ -59,31 +61,31 @@ pub(super) fn sum<F: GradientForm>(isa: Isa, form: F, maps: Pair, dw: &mut [f32]
         sum_by_squares(isa, form, maps, dw);
         return;
     }
-    let shares = [1, out_groups]
-        .into_iter()
-        .find(|shares| size <= shares * PRIVATE_FLOATS);
-    let parts = shares.map_or(1, |shares| tiles.div_ceil(PART_TILES).min(MAX_PARTS / shares));
-    let mut sums = Buffer::take(parts.max(1) * size);
-    match shares {
-        Some(shares) if parts > 1 => {
-            let part_tiles = tiles.div_ceil(parts);
-            let share_blocks = out_blocks.div_ceil(shares);
-            let all = Shared::new(&mut sums);
-            parallel(parts * shares, |task| {
-                let (part, share) = (task / shares, task % shares);
-                let first_tile = (part * part_tiles).min(tiles);
-                let last_tile = (first_tile + part_tiles).min(tiles);
-                isa.run(GradientPart {
-                    form,
-                    maps,
-                    sums: all,
-                    start: part * size,
-                    tiles: first_tile..last_tile,
-                    outputs: share * share_blocks..out_blocks.min((share + 1) * share_blocks),
-                });
+    let shares = out_blocks.div_ceil(share_blocks.max(1));
+    let parts = if share_blocks > 0 && shares <= MAX_SHARES {
+        tiles.div_ceil(PART_TILES).min(MAX_PARTS / shares)
+    } else {
+        1
+    };
+    let mut sums = Buffer::take(parts * size);
+    if parts == 1 {
+        sum_by_points(isa, form, maps, &mut sums);
+    } else {
+        let part_tiles = tiles.div_ceil(parts);
+        let all = Shared::new(&mut sums);
+        parallel(parts * shares, |task| {
+            let (part, share) = (task / shares, task % shares);
+            let first_tile = (part * part_tiles).min(tiles);
+            let last_tile = (first_tile + part_tiles).min(tiles);
+            isa.run(GradientPart {
+                form,
+                maps,
+                sums: all,
+                start: part * size,
+                tiles: first_tile..last_tile,
+                outputs: share * share_blocks..out_blocks.min((share + 1) * share_blocks),
             });
-        }
-        _ => sum_by_points(isa, form, maps, &mut sums),
+        });
     }
 
     let dw = Shared::new(dw);
@@ -124,11 +126,23 @@ fn groups(shape: Shape) -> [usize; 2] {
     all_blocks(shape).map(|blocks| blocks.len().div_ceil(GROUP))
 }
 
-/// Floats of sums that a part, or its share of outputs, has for itself: with its tiles they stay in a second-level cache of 2 MiB.
-const PRIVATE_FLOATS: usize = POINTS * (64 * 64 + BLOCK);
+/// Blocks of outputs whose sums a task may have for itself, or none: with its tiles, the sums of 64 inputs and 64 outputs stay
+/// in a second-level cache of 2 MiB.
+fn share_blocks(shape: Shape) -> usize {
+    let fitting = 64 * 64 / (shape.i.next_multiple_of(BLOCK) * BLOCK);
+    let all = shape.o.div_ceil(BLOCK);
+    if fitting >= all {
+        all
+    } else {
+        fitting / GROUP * GROUP
+    }
+}
+
 const PART_TILES: usize = 128;
-/// Times shares.
+/// Parts, times shares.
 const MAX_PARTS: usize = 16;
+/// Shares of the outputs: each makes the entries of all inputs again.
+const MAX_SHARES: usize = 4;
 
 /// Entries of the inputs and output gradients of some tiles, for a sum over tiles.
 ///
