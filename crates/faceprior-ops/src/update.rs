@@ -144,7 +144,7 @@ pub fn ranger_step(
     step: RangerStep,
 ) -> (Tensor<1>, [Tensor<1>; 3]) {
     if has_kernel(&p) {
-        return centred_on_cpu(step, p, g, step.centred, [m, v, slow]);
+        return on_cpu(step, p, g, [m, v, slow]);
     }
     plain_ranger(p, g, [m, v, slow], step)
 }
@@ -181,6 +181,10 @@ fn plain_ranger(
 }
 
 impl Rule<3> for RangerStep {
+    fn centred(self) -> Option<usize> {
+        self.centred
+    }
+
     #[inline(always)]
     unsafe fn apply<L: Lanes>(self, p: L, g: L, [m, v, slow]: &mut [L; 3]) -> L {
         let [beta1, beta2] = self.betas;
@@ -244,16 +248,6 @@ fn on_cpu<const STATE: usize>(
     others: Tensor<1>,
     state: [Tensor<1>; STATE],
 ) -> (Tensor<1>, [Tensor<1>; STATE]) {
-    centred_on_cpu(rule, values_before, others, None, state)
-}
-
-fn centred_on_cpu<const STATE: usize>(
-    rule: impl Rule<STATE>,
-    values_before: Tensor<1>,
-    others: Tensor<1>,
-    centred: Option<usize>,
-    state: [Tensor<1>; STATE],
-) -> (Tensor<1>, [Tensor<1>; STATE]) {
     let (values_before, others) = (primitive(values_before), primitive(others));
     let mut state = state.map(|state| owned(primitive(state)));
     let mut to = Buffer::take(values(&values_before).len());
@@ -261,7 +255,7 @@ fn centred_on_cpu<const STATE: usize>(
         .each_mut()
         .map(|state| state.try_storage_mut::<f32>().expect("a tensor with one owner"));
     let [from, others] = [values(&values_before), values(&others)];
-    update(Isa::best(), rule, from, others, centred, in_place, &mut to);
+    update(Isa::best(), rule, from, others, in_place, &mut to);
     let count = to.len();
     (wrapped(tensor(to, [count])), state.map(wrapped))
 }
@@ -349,9 +343,9 @@ mod tests {
         let mut results = Isa::available().into_iter().map(|isa| {
             let (mut to, mut m, mut v) = (vec![f32::NAN; LENGTH], m.clone(), v.clone());
             let (mut slow, mut ranger) = (p.clone(), vec![f32::NAN; LENGTH]);
-            update(isa, step, &p, &g, None, [&mut m, &mut v], &mut to);
+            update(isa, step, &p, &g, [&mut m, &mut v], &mut to);
             let state = [&mut m, &mut v, &mut slow].map(|state| &mut state[..]);
-            update(isa, RANGER, &p, &g, RANGER.centred, state, &mut ranger);
+            update(isa, RANGER, &p, &g, state, &mut ranger);
             [to, m, v, ranger, slow]
         });
         let best = results.next().expect("an instruction set");

@@ -8,6 +8,11 @@ use super::{BLOCK, Shared, parallel};
 /// Products and sums are rounded one by one, as tensor expressions round them, so that every instruction set gives
 /// the same bits.
 pub(crate) trait Rule<const STATE: usize>: Copy + Sync {
+    /// How many neighbouring `other`s have their mean taken from them first.
+    fn centred(self) -> Option<usize> {
+        None
+    }
+
     /// The new value from the old one and `other` (a gradient, or the source of an average); moves the state.
     ///
     /// # Safety
@@ -15,14 +20,12 @@ pub(crate) trait Rule<const STATE: usize>: Copy + Sync {
     unsafe fn apply<L: Lanes>(self, value: L, other: L, state: &mut [L; STATE]) -> L;
 }
 
-/// Applies a rule to a whole parameter: `to` becomes the new values, the state moves in place. Where `centred` is a number,
-/// the mean of each so many `others` is taken from them first.
+/// Applies a rule to a whole parameter: `to` becomes the new values, the state moves in place.
 pub(crate) fn update<const STATE: usize>(
     isa: Isa,
     rule: impl Rule<STATE>,
     values: &[f32],
     others: &[f32],
-    centred: Option<usize>,
     mut state: [&mut [f32]; STATE],
     to: &mut [f32],
 ) {
@@ -30,20 +33,19 @@ pub(crate) fn update<const STATE: usize>(
     assert!(others.len() == length && to.len() == length);
     assert!(state.iter().all(|state| state.len() == length));
     let (to, state) = (Shared::new(to), state.each_mut().map(|state| Shared::new(state)));
-    let rows = centred.unwrap_or(TASK_FLOATS).max(1);
-    let task_floats = (TASK_FLOATS / rows).max(1) * rows;
+    let row = rule.centred().unwrap_or(TASK_FLOATS).max(1);
+    let task_floats = (TASK_FLOATS / row).max(1) * row;
     parallel(length.div_ceil(task_floats), |task| {
         let end = length.min((task + 1) * task_floats);
-        for start in (task * task_floats..end).step_by(rows) {
+        for start in (task * task_floats..end).step_by(row) {
             isa.run(Part {
                 rule,
                 values,
                 others,
-                centred: centred.is_some(),
                 state,
                 to,
                 start,
-                end: end.min(start + rows),
+                end: end.min(start + row),
             });
         }
     });
@@ -57,7 +59,6 @@ struct Part<'a, R, const STATE: usize> {
     rule: R,
     values: &'a [f32],
     others: &'a [f32],
-    centred: bool,
     state: [Shared; STATE],
     to: Shared,
     start: usize,
@@ -73,13 +74,12 @@ impl<R: Rule<STATE>, const STATE: usize> Kernel for Part<'_, R, STATE> {
             rule,
             values,
             others,
-            centred,
             state,
             to,
             start,
             end,
         } = self;
-        let mean = if centred {
+        let mean = if rule.centred().is_some() {
             // SAFETY: the caller promises the instructions.
             unsafe { mean::<L>(&others[start..end]) }
         } else {

@@ -71,18 +71,17 @@ pub(super) fn sum<F: GradientForm>(isa: Isa, form: F, maps: Pair, dw: &mut [f32]
     if parts == 1 {
         sum_by_points(isa, form, maps, &mut sums);
     } else {
+        // No part is empty: there are more tiles than the square of parts.
         let part_tiles = tiles.div_ceil(parts);
         let all = Shared::new(&mut sums);
         parallel(parts * shares, |task| {
             let (part, share) = (task / shares, task % shares);
-            let first_tile = (part * part_tiles).min(tiles);
-            let last_tile = (first_tile + part_tiles).min(tiles);
             isa.run(GradientPart {
                 form,
                 maps,
                 sums: all,
                 start: part * size,
-                tiles: first_tile..last_tile,
+                tiles: part * part_tiles..tiles.min((part + 1) * part_tiles),
                 outputs: share * share_blocks..out_blocks.min((share + 1) * share_blocks),
             });
         });
@@ -331,15 +330,6 @@ impl<F: GradientForm> Kernel for GradientPart<'_, F> {
         let sums = sums.at(start + blocks[1].start * BLOCK);
         // SAFETY: the caller promises the instructions; the scratch is this task's, and so are the sums of its part and outputs.
         unsafe {
-            if tiles.is_empty() {
-                for row in 0..POINTS * blocks[0].len() * BLOCK {
-                    let (point, row) = (row / (blocks[0].len() * BLOCK), row % (blocks[0].len() * BLOCK));
-                    for block in 0..blocks[1].len() {
-                        let at = point * sums_point + row * columns + block * BLOCK;
-                        L::zero().store(sums.wrapping_add(at));
-                    }
-                }
-            }
             for first in tiles.clone().step_by(capacity) {
                 let chunk = first..tiles.end.min(first + capacity);
                 to_entries::<L>(form, maps, view, first, 0..chunk.len(), blocks.clone());

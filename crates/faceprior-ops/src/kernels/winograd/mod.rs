@@ -169,10 +169,9 @@ mod tests {
         }
     }
 
-    /// The ways to sum weight gradients over many tiles: several parts, those of groups of outputs, and all tiles by points in
-    /// several rounds. And
-    /// all passes on the matrix unit in two parts: what these leave out of a float grows with the transforms, as every
-    /// rounding does.
+    /// The ways to sum weight gradients over many tiles: several parts, those of shares of the outputs, and all tiles by
+    /// points in several rounds. And all passes on the matrix unit in two parts: what these leave out of a float grows with
+    /// the transforms, as every rounding does.
     #[test]
     fn passes_over_many_tiles_agree_with_the_direct_form() {
         use crate::kernels::direct;
